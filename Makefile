@@ -1,0 +1,42 @@
+# The book: `make book` to read it, `make test` to check it. `make help` lists the rest.
+PYTHON ?= python3
+PORT ?= 8000
+NB ?= nbs/*.ipynb
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help book site test export run bench clean
+help:            ## show this list
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or later is needed; name one with: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+book: site       ## render the book and serve it on this machine (PORT=8000)
+	@echo "The book is at http://127.0.0.1:$(PORT)/  (Ctrl-C stops it)"
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _site $(PORT)
+
+site: $(READY)   ## render the book into _site/
+	@$(BIN)/python site/build.py
+
+test: $(READY)   ## check everything: notebooks, package, site
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+export: $(READY) ## write llm_book/ from the notebooks
+	@$(BIN)/python site/notebooks.py install-cells
+	@$(BIN)/nbdev_export
+
+run: $(READY)    ## execute notebooks in place and clean them (NB=nbs/02_tokens.ipynb)
+	@$(BIN)/python site/execute.py --in-place $(NB)
+	@for notebook in $(NB); do $(BIN)/nbdev_clean --fname $$notebook; done
+
+bench: $(READY)  ## measure again every CPU number of the ledger
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:           ## remove everything that was built
+	rm -rf $(VENV) .colab _build _site dist build *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,91 @@
+"""What the renderers, the tests and make share: the settings, the list of chapters, the filter.
+
+    python site/notebooks.py install-cells   # rewrite each notebook's first code cell
+"""
+import configparser
+import sys
+from pathlib import Path
+
+import nbformat
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+INSTALL_CELL = """\
+#| hide
+# Colab: install the book's package if it is missing.
+import importlib.util
+
+if importlib.util.find_spec("llm_book") is None:
+    %pip install -q "git+https://github.com/{user}/{repo}@{branch}"
+"""
+
+
+def settings() -> dict:
+    """settings.ini: user, repo, branch, title, version, …"""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(parser.defaults())
+
+
+def parts() -> list[tuple[str | None, list[Path]]]:
+    """The book's parts in reading order, as _quarto.yml lists them: (title or None, notebooks)."""
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    found = []
+    for entry in config["website"]["sidebar"]["contents"]:
+        if isinstance(entry, str):
+            found.append((None, [ROOT / entry]))
+        else:
+            found.append((entry["section"], [ROOT / path for path in entry["contents"]]))
+    return found
+
+
+def chapters() -> list[Path]:
+    """Every notebook of the book, in reading order."""
+    return [path for _, paths in parts() for path in paths]
+
+
+def colab_url(notebook: str) -> str:
+    """Where Colab opens nbs/NOTEBOOK."""
+    where = "{user}/{repo}/blob/{branch}".format(**settings())
+    return f"https://colab.research.google.com/github/{where}/nbs/{notebook}"
+
+
+def filter_notebook(notebook):
+    """The notebook as a page shows it: nbdev's directives obeyed and gone, live widgets dropped."""
+    # nbdev takes its settings from the folder it runs in, and its import costs a second.
+    from execnb.nbio import dict2nb, nb2str
+    from nbdev import processors
+    from nbdev.process import NBProcessor
+
+    show = [processors.populate_language, processors.hide_line, processors.strip_ansi,
+            processors.rm_export, processors.hide_]
+    nb = dict2nb(dict(notebook))
+    NBProcessor(nb=nb, procs=show, rm_directives=True).process()
+    page = nbformat.reads(nb2str(nb), as_version=4)
+    drop_widgets(page)
+    return page
+
+
+def drop_widgets(notebook) -> None:
+    """Take live widgets out of the outputs: without a kernel they are dead."""
+    live = "application/vnd.jupyter.widget-view+json"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if live not in out.get("data", {})]
+
+
+def write_install_cells() -> None:
+    """Point the first code cell of every notebook at the repository that settings.ini names."""
+    source = INSTALL_CELL.format(**settings()).rstrip()
+    for path in chapters():
+        notebook = nbformat.read(path, as_version=4)
+        first = next(cell for cell in notebook.cells if "importlib.util" in cell.source)
+        if first.source != source:
+            first.source = source
+            nbformat.write(notebook, path)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["install-cells"]:
+        sys.exit(__doc__)
+    write_install_cells()
