@@ -7,16 +7,16 @@ import os
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
-import time  # noqa: E402
+import time
 
-import numpy as np  # noqa: E402
-from nltk.lm import KneserNeyInterpolated  # noqa: E402
-from nltk.lm.preprocessing import padded_everygram_pipeline  # noqa: E402
+import numpy as np
+from nltk.lm import KneserNeyInterpolated
+from nltk.lm.preprocessing import padded_everygram_pipeline
 
-from llm_book.lab import record  # noqa: E402
-from llm_book.ngram import NGramLM  # noqa: E402
-from llm_book.text import load_corpus  # noqa: E402
-from llm_book.tokens import CharTokenizer  # noqa: E402
+from llm_book.lab import record
+from llm_book.ngram import NGramLM
+from llm_book.text import load_corpus
+from llm_book.tokens import CharTokenizer
 
 RUNS = range(5)
 COMMAND = "python benchmarks/ngram.py"

@@ -8,14 +8,14 @@ os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
-import time  # noqa: E402
+import time
 
-import tiktoken  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+import tiktoken
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from llm_book.lab import record  # noqa: E402
-from llm_book.text import load_corpus, split_text  # noqa: E402
-from llm_book.tokens import GPT2_PATTERN, BPETokenizer, _to_signs  # noqa: E402
+from llm_book.lab import record
+from llm_book.text import load_corpus, split_text
+from llm_book.tokens import GPT2_PATTERN, BPETokenizer, _to_signs
 
 RUNS = range(7)
 COMMAND = "python benchmarks/tokens.py"

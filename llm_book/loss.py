@@ -72,7 +72,7 @@ def softmax(
 # %% ../nbs/04_loss.ipynb #c49209f0
 def cross_entropy(
     logits: Float[Tensor, "*B V"],
-    targets: Int[Tensor, "*B"],  # from 0 to V - 1, or `ignore_index`
+    targets: Int[Tensor, "..."],  # (*B), from 0 to V - 1, or `ignore_index`
     *,
     ignore_index: int = -100,  # targets with this value do not count
     label_smoothing: float = 0.0,  # from 0 to 1: the share spread evenly over all V

@@ -16,11 +16,13 @@ OPTION = re.compile(r"^#\|\s*([\w-]+):\s*(.*)\n?", re.M)
 
 
 def for_sphinx(page):
-    """Quarto reads a figure's alt text from a comment in the cell, myst-nb from the metadata."""
+    """Quarto takes a cell's options from its first comments, myst-nb from its metadata."""
     for cell in page.cells:
         if cell.cell_type == "code":
             options = dict(OPTION.findall(cell.source))
             cell.source = OPTION.sub("", cell.source)
+            if options.get("echo") == "false":
+                cell.metadata["tags"] = ["remove-input"]
             if "fig-alt" in options:
                 cell.metadata["mystnb"] = {"image": {"alt": options["fig-alt"]}}
     return page

@@ -4,8 +4,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import search  # noqa: E402
-from notebooks import settings  # noqa: E402
+import myst_nb.sphinx_ext
+import search
+from notebooks import settings
 
 book = settings()
 project, author, release = book["title"], book["author"], book["version"]
@@ -13,6 +14,7 @@ copyright = f"{author}. Code: Apache-2.0; prose: CC BY 4.0"
 extensions = ["myst_nb", "sphinx_external_toc", "sphinx-mathjax-offline"]
 external_toc_path = "_toc.yml"
 nb_execution_mode = "off"
+myst_nb.sphinx_ext.OUTPUT_FOLDER = "_build/jupyter_execute"  # it has no setting of its own
 nb_ipywidgets_js = {}  # widgets are dropped, so nothing is loaded for them
 nb_mime_priority_overrides = [("html", "image/svg+xml", 15)]
 myst_enable_extensions = ["dollarmath", "amsmath"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import nbformat  # noqa: E402
-from notebooks import filter_notebook  # noqa: E402
+import nbformat
+from notebooks import filter_notebook
 
 notebook = nbformat.reads(sys.stdin.read(), as_version=4)
 with contextlib.redirect_stdout(io.StringIO()):  # nothing but the notebook may reach stdout

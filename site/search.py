@@ -10,7 +10,6 @@ class EnglishAndChinese(SearchEnglish):
     """English words as Sphinx indexes them; Chinese as overlapping pairs (and single characters)."""
 
     lang = "en+zh"
-    language_name = "English and Chinese"
     _pieces = re.compile(rf"[{HAN}]+|[^\W{HAN}]+")
 
     def split(self, input: str) -> list[str]:

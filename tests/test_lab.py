@@ -1,0 +1,109 @@
+"""Chapter 00: seeds, style, ledger, exercises."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+from llm_book import lab
+
+
+def test_seed_sets_all_three_generators():
+    import random
+
+    def draw():
+        lab.seed_everything(3)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    assert draw() == draw()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seed_out_of_range(seed):
+    with pytest.raises(ValueError, match="seed must be"):
+        lab.seed_everything(seed)
+
+
+def test_record_and_recall(ledger):
+    entry = lab.record("a/b", [1, 2, 6], "s", seeds=[0, 1, 2], command="c", corpus="x")
+    assert entry == lab.recall("a/b")
+    assert entry["value"] == 3 and entry["sd"] == pytest.approx(np.std([1, 2, 6], ddof=1))
+    assert entry["context"] == {"corpus": "x"} and entry["versions"]["torch"] == torch.__version__
+    assert entry["hardware"]["cores"] >= 1 and entry["date"].endswith("+00:00")
+    lab.record("a/c", 1.0, "s", seeds=(), command="c")
+    assert set(lab.recall("a")) == {"b", "c"} and lab.recall("a/c")["sd"] is None
+
+
+@pytest.mark.parametrize("name, value, seeds, message", [
+    ("nofile", 1, (), "name must"), ("A/b", 1, (), "name must"), ("../a/b", 1, (), "name must"),
+    ("a/b", float("inf"), (), "finite"), ("a/b", [], (), "finite"), ("a/b", [1, 2], [0], "seeds"),
+])
+def test_record_refuses_before_writing(ledger, name, value, seeds, message):
+    with pytest.raises(ValueError, match=message):
+        lab.record(name, value, "s", seeds=seeds, command="c")
+    assert list(ledger.iterdir()) == []
+
+
+def test_record_keeps_the_old_ledger_if_writing_fails(ledger):
+    lab.record("a/b", 1, "s", seeds=(), command="c")
+    with pytest.raises(TypeError):
+        lab.record("a/c", 1, "s", seeds=(), command="c", strange=object())
+    assert list(json.loads((ledger / "a.json").read_text())) == ["b"]
+    assert len(list(ledger.iterdir())) == 1
+
+
+def test_recall_names_what_there_is(ledger):
+    lab.record("a/b", 1, "s", seeds=(), command="c")
+    with pytest.raises(KeyError, match=r"there are \['b'\]"):
+        lab.recall("a/z")
+    with pytest.raises(KeyError, match=r"there are \['a'\]"):
+        lab.recall("z/b")
+
+
+def test_ladder_is_sorted_and_lit(ledger):
+    for rung, value in (("low", 2.0), ("high", 8.0)):
+        lab.record(f"ladder/{rung}", value, "bits per byte", seeds=(), command="c", label=rung)
+    ax = lab.plot_ladder("low")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["high", "low"]
+    assert plt.matplotlib.colors.to_hex(ax.patches[1].get_facecolor()) == lab.COLOURS["red"].lower()
+    with pytest.raises(KeyError, match="no rung"):
+        lab.plot_ladder("missing")
+    plt.close("all")
+
+
+def test_check_never_raises_for_a_wrong_answer(capsys):
+    @lab.exercise("99.1")
+    def judge(fn):
+        assert fn() == 4, "not four"
+
+    lab.check("99.1", lambda: 3)
+    assert lab.solved["99.1"] is False and "not four" in capsys.readouterr().out
+    lab.check("99.1", lambda: 1 / 0)
+    assert lab.solved["99.1"] is False and "ZeroDivisionError" in capsys.readouterr().out
+    lab.check("99.1", lambda: 4)
+    assert lab.solved.pop("99.1") is True and "solved" in capsys.readouterr().out
+    with pytest.raises(KeyError, match="99.9"):
+        lab.check("99.9", lambda: 4)
+
+
+def test_progress_is_quiet_on_request(monkeypatch, capsys):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert list(lab.progress(range(3), "x")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_package_is_light_and_lazy():
+    code = ("import time; t = time.perf_counter(); import llm_book, sys; "
+            "t = time.perf_counter() - t; assert 'torch' not in sys.modules; "
+            "assert 'tokens' in dir(llm_book); "
+            "assert llm_book.tokens.ByteTokenizer().vocab_size == 256; "
+            "assert 'torch' not in sys.modules; print(t)")
+    times = [float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
+                                  text=True).stdout) for _ in range(3)]
+    assert min(times) < 0.2
+    import llm_book
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = llm_book.nothing

