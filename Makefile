@@ -25,7 +25,7 @@ site: $(READY)   ## render the book into _site/
 	@$(BIN)/python site/build.py
 
 test: $(READY)   ## check everything: notebooks, package, site
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2
 
 export: $(READY) ## write llm_book/ from the notebooks
 	@$(BIN)/python site/notebooks.py install-cells

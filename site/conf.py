@@ -23,6 +23,7 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_static_path = ["static"]
 html_css_files = ["book.css"]
+html_js_files = ["book.js"]
 html_context = {"default_mode": "auto"}
 html_favicon = "static/favicon.svg"
 html_search_language = search.EnglishAndChinese.lang

@@ -8,9 +8,9 @@ import threading
 
 import pytest
 from conftest import ROOT
+from filelock import FileLock
 from notebooks import chapters, colab_url, settings
 
-pytestmark = pytest.mark.xdist_group("site")  # one worker builds the site and opens the browser
 PAGES = [path.stem for path in chapters()]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(
@@ -18,12 +18,18 @@ needs_browser = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="session")
-def site():
-    """_site/, rendered from scratch; Sphinx treats every warning as an error."""
-    for folder in ("_build", "_site"):
-        shutil.rmtree(ROOT / folder, ignore_errors=True)
-    done = subprocess.run([sys.executable, "site/build.py"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr.strip(), done.stdout + done.stderr
+def site(testrun_uid):
+    """_site/, rendered from scratch by the first worker; Sphinx treats every warning as an error."""
+    build, done = ROOT / "_build", ROOT / "_build" / "testrun"
+    build.mkdir(exist_ok=True)
+    with FileLock(ROOT / "_build" / "lock"):
+        if not done.exists() or done.read_text() != testrun_uid:
+            for folder in (build / "source", build / "doctrees", ROOT / "_site"):
+                shutil.rmtree(folder, ignore_errors=True)
+            run = subprocess.run([sys.executable, "site/build.py"], cwd=ROOT, capture_output=True,
+                                 text=True)
+            assert run.returncode == 0 and not run.stderr.strip(), run.stdout + run.stderr
+            done.write_text(testrun_uid)
     return ROOT / "_site"
 
 
