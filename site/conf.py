@@ -15,6 +15,7 @@ extensions = ["myst_nb", "sphinx_external_toc", "sphinx-mathjax-offline"]
 external_toc_path = "_toc.yml"
 nb_execution_mode = "off"
 myst_nb.sphinx_ext.OUTPUT_FOLDER = "_build/jupyter_execute"  # it has no setting of its own
+nb_merge_streams = True
 nb_ipywidgets_js = {}  # widgets are dropped, so nothing is loaded for them
 nb_mime_priority_overrides = [("html", "image/svg+xml", 15)]
 myst_enable_extensions = ["dollarmath", "amsmath"]
