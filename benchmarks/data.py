@@ -8,15 +8,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
+import tempfile
+import time
+from pathlib import Path
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from llm_book.data import TokenFile, get_batch  # noqa: E402
-from llm_book.lab import record  # noqa: E402
+from llm_book.data import TokenFile, get_batch
+from llm_book.lab import record
 
 RUNS = range(7)
 COMMAND = "python benchmarks/data.py"

@@ -10,16 +10,16 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
-import time  # noqa: E402
-import tracemalloc  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+import time
+import tracemalloc
+from collections.abc import Callable
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from llm_book.autograd import Value  # noqa: E402
-from llm_book.lab import record  # noqa: E402
-from llm_book.tensor import Tensor, cross_entropy  # noqa: E402
+from llm_book.autograd import Value
+from llm_book.lab import record
+from llm_book.tensor import Tensor, cross_entropy
 
 RUNS, STEPS, LR = range(9), 200, 0.1
 COMMAND = "python benchmarks/tensor.py"

@@ -117,7 +117,8 @@ def test_imports_run_backward():
         tree = ast.parse((ROOT / "llm_book" / f"{module}.py").read_text())
         for node in ast.walk(tree):
             names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
-                     else [node.module] if isinstance(node, ast.ImportFrom) else [])
+                     else ["llm_book." * node.level + node.module]
+                     if isinstance(node, ast.ImportFrom) else [])
             for name in names:
                 top, *rest = name.split(".")
                 if top == "llm_book":
