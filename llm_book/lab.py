@@ -79,27 +79,38 @@ def ledger_folder() -> Path:
     return Path(os.environ.get("LLM_BOOK_LEDGER", package / "results"))
 
 
+def _commit() -> str | None:
+    """The commit of the code that runs, with "-dirty" if a Python file differs from it."""
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        package = str(importlib.resources.files("llm_book"))
+        return subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True)
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        changed = git("diff", "--quiet", "HEAD", "--", ":/*.py").returncode
+    except OSError:  # no git here
+        return None
+    return commit + ("-dirty" if changed else "") if commit else None
+
+
 def _circumstances() -> dict:
     """What a reader needs in order to judge a measurement: machine, versions, commit, date."""
     try:
         model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):  # not Linux
         model = platform.processor() or platform.machine()
-    package = importlib.resources.files("llm_book")
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"],
-                         cwd=str(package), capture_output=True, text=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {name: importlib.metadata.version(name) for name in ("llm_book", "torch", "numpy")}
     return {
         "hardware": {"cpu": model, "cores": os.cpu_count(), "gpu": gpu},
         "versions": {"python": platform.python_version(), **versions},
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 # %% ../nbs/00_lab.ipynb #65cf25a1
 def record(
-    name: str,  # "file/key", in lower-case letters, digits, "_", "-" and "."
+    name: str,  # "file/key" in lower-case letters, digits and "_"; the key may have "-" and "."
     value: float | Sequence[float],  # one number, or one for each seed
     unit: str,  # for example "bits per byte", or "ratio"
     *,
@@ -117,7 +128,7 @@ def record(
     values = np.atleast_1d(np.asarray(value, dtype=float))
     if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"value must be one finite number or a list of them, not {value!r}")
-    if values.size > 1 and values.size != len(seeds):
+    if (values.size > 1 or seeds) and values.size != len(seeds):
         raise ValueError(f"value has {values.size} numbers for {len(seeds)} seeds")
     file, key = name.split("/")
     entry = {"value": values.mean().item(), "unit": unit, "values": values.tolist(),

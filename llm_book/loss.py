@@ -9,7 +9,7 @@ __all__ = ['entropy', 'kl_divergence', 'perplexity', 'bits_per_byte', 'log_softm
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 # %% ../nbs/04_loss.ipynb #665f7d13
@@ -32,7 +32,7 @@ def perplexity(
     nll: float,  # mean negative log-likelihood of a token, in nats
 ) -> float:
     """The number of equally likely tokens that would be as hard to guess."""
-    return math.exp(nll)
+    return math.exp(nll) if nll < 709 else math.inf  # beyond the range of a float
 
 
 def bits_per_byte(
@@ -46,12 +46,14 @@ def bits_per_byte(
 
 # %% ../nbs/04_loss.ipynb #3bf892c1
 def _wide(x: Tensor) -> Tensor:
-    """Half precision as float32, everything else as it is."""
+    """Half precision as float32, other floats as they are. Raises: `ValueError` for integers."""
+    if not x.is_floating_point():
+        raise ValueError(f"logits must be floating-point numbers, not {x.dtype}")
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def log_softmax(
-    x: Float[Tensor, "..."],  # logits
+    x: Tensor,  # logits
     dim: int = -1,
 ) -> Float[Tensor, "..."]:
     """log(softmax(x)) without overflow; sums in float32 for half precision. Same dtype as `x`."""
@@ -61,7 +63,7 @@ def log_softmax(
 
 
 def softmax(
-    x: Float[Tensor, "..."],  # logits; -inf gives probability 0
+    x: Tensor,  # logits; -inf gives probability 0
     dim: int = -1,
 ) -> Float[Tensor, "..."]:
     """Probabilities along `dim`, without overflow. Same dtype as `x`."""
@@ -72,7 +74,7 @@ def softmax(
 # %% ../nbs/04_loss.ipynb #c49209f0
 def cross_entropy(
     logits: Float[Tensor, "*B V"],
-    targets: Int[Tensor, "..."],  # (*B), from 0 to V - 1, or `ignore_index`
+    targets: Tensor,  # integers of shape (*B), from 0 to V - 1, or `ignore_index`
     *,
     ignore_index: int = -100,  # targets with this value do not count
     label_smoothing: float = 0.0,  # from 0 to 1: the share spread evenly over all V
@@ -91,13 +93,15 @@ def cross_entropy(
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"targets must have shape {tuple(logits.shape[:-1])} for logits of shape "
                          f"{tuple(logits.shape)}, not {tuple(targets.shape)}")
+    if targets.is_floating_point():
+        raise ValueError(f"targets must be integers, not {targets.dtype}")
     counts = targets != ignore_index
     safe = torch.where(counts, targets, 0)
     if ((safe < 0) | (safe >= logits.shape[-1])).any():
         raise ValueError(f"targets must be from 0 to {logits.shape[-1] - 1} or {ignore_index}, "
                          f"not {safe.min().item()} … {safe.max().item()}")
     if reduction == "mean" and not counts.any():
-        raise ValueError(f"targets are all {ignore_index}: there is nothing to average")
+        raise ValueError(f"targets must not all be {ignore_index}: there is nothing to average")
     log_p = log_softmax(_wide(logits), -1)
     nll = -log_p.gather(-1, safe[..., None].long()).squeeze(-1)
     if label_smoothing:

@@ -103,8 +103,11 @@ GRAMMAR: dict[str, list[tuple[int, str, str]]] = {  # name: (weight, English, Ch
 
 
 def _children(template: str) -> list[str]:
-    """The names in braces."""
-    return [name for _, name, _, _ in Formatter().parse(template) if name]
+    """The names in braces. Raises: `ValueError` for one named twice: both would expand alike."""
+    names = [name for _, name, _, _ in Formatter().parse(template) if name]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a rule must name each symbol once, not {template!r}")
+    return names
 
 
 def _rules(grammar: dict, symbol: str) -> list[tuple[float, str, str]]:
@@ -256,11 +259,12 @@ def download(
     `ConnectionError` if the file cannot be fetched.
     """
     parts = urlsplit(url)
-    if parts.scheme != "https" and parts.hostname not in ("127.0.0.1", "localhost"):
+    local = parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost")
+    if parts.scheme != "https" and not local:
         raise ValueError(f"url must begin with https://, not {url!r}")
     folder = Path(folder or os.environ.get("LLM_BOOK_CACHE", Path.home() / ".cache" / "llm_book"))
     path = folder / f"{sha256[:12]}-{Path(parts.path).name}"
-    if path.exists():
+    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
     try:
         with urllib.request.urlopen(url, timeout=30) as response:

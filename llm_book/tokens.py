@@ -79,9 +79,9 @@ class CharTokenizer:
             raise ValueError(f"text must use the {self.vocab_size} known characters; {char!r} "
                              f"(U+{ord(char):04X}) at {text.index(char)} is none") from None
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable) -> str:
         """The text of `ids`. Raises: `ValueError` that names an unknown id."""
-        ids, known = list(ids), range(self.vocab_size)
+        ids, known = list(map(int, ids)), range(self.vocab_size)
         if not all(i in known for i in ids):
             raise _unknown_id(ids, known)
         return "".join(self.alphabet[i] for i in ids)
@@ -112,12 +112,12 @@ class ByteTokenizer:
         """One id for each byte."""
         return list(_repaired(text).encode())
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
         Raises: `ValueError` that names an unknown id.
         """
-        ids, known = list(ids), range(256)
+        ids, known = list(map(int, ids)), range(256)
         if not all(i in known for i in ids):
             raise _unknown_id(ids, known)
         return bytes(ids).decode("utf-8", "replace")
@@ -207,6 +207,14 @@ def _from_signs(signs: str) -> bytes:
     return bytes(_BYTE_OF[sign] for sign in signs)
 
 # %% ../nbs/02_tokens.ipynb #dc5cecce
+def _check_specials(special_tokens: Sequence[str]) -> None:
+    """Raises: `ValueError` for a bare string, an empty token or one named twice."""
+    names = list(special_tokens)
+    if isinstance(special_tokens, str) or "" in names or len(set(names)) < len(names):
+        raise ValueError("special_tokens must be a list of different strings, none of them empty, "
+                         f"not {special_tokens!r}")
+
+
 class _BPETables:
     """The vocabulary and the merges of a byte-pair encoding, in memory and on disk."""
 
@@ -216,11 +224,10 @@ class _BPETables:
         merges: Sequence[tuple[bytes, bytes]],  # in the order in which they were learnt
         special_tokens: Sequence[str] = (),  # never split; those not in `vocab` get the next ids
     ):
-        """Raises: `ValueError` if a byte, or a token that a merge needs or makes, is missing."""
+        """Raises: `ValueError` if a byte or a token of a merge is missing, or for bad specials."""
         self.vocab, self.merges = dict(vocab), [(a, b) for a, b in merges]
         self.special_tokens = tuple(special_tokens)
-        if "" in self.special_tokens:
-            raise ValueError("special_tokens must not contain an empty string")
+        _check_specials(special_tokens)
         ids = {token: i for i, token in self.vocab.items()}
         needed = {bytes([b]) for b in range(256)}.union(*((a, b, a + b) for a, b in self.merges))
         if missing := sorted(needed - ids.keys()):
@@ -287,6 +294,7 @@ class BPETokenizer(_BPETables):
 
         Raises: `ValueError` if `vocab_size` has no room for bytes and special tokens.
         """
+        _check_specials(special_tokens)
         first = 256 + len(special_tokens)
         if vocab_size < first:
             raise ValueError(f"vocab_size must be at least {first}, not {vocab_size}")
@@ -331,18 +339,18 @@ class BPETokenizer(_BPETables):
         for string in strings:
             parts.append(string)
             size += len(string)
-            if size >= 2**16:  # cut a large piece at once, rather than each line
+            if size >= 2**16 and not "\ud800" <= string[-1:] <= "\udbff":  # half a character waits
                 words = self._words(_repaired("".join(parts)))
                 yield from chain.from_iterable(map(self._encode_word, words[:-held_back]))
-                parts, size = words[-held_back:], 0
+                parts, size = words[-held_back:], 0  # a large piece at once, rather than each line
         yield from self.encode("".join(parts))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
         Raises: `ValueError` that names an unknown id.
         """
-        ids = list(ids)
+        ids = list(map(int, ids))
         try:
             return b"".join([self.vocab[i] for i in ids]).decode("utf-8", "replace")
         except KeyError:

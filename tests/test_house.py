@@ -189,6 +189,7 @@ def test_ledger_records_are_complete():
             assert not missing, f"{path.stem}/{key} lacks {missing}"
             script = entry["command"].split()[1]
             assert entry["command"].startswith("python ") and (ROOT / script).is_file()
+            assert entry["commit"], f"{path.stem}/{key} was measured outside a checkout"
             assert str(ROOT) not in json.dumps(entry)
 
 

@@ -40,6 +40,7 @@ def test_record_and_recall(ledger):
 @pytest.mark.parametrize("name, value, seeds, message", [
     ("nofile", 1, (), "name must"), ("A/b", 1, (), "name must"), ("../a/b", 1, (), "name must"),
     ("a/b", float("inf"), (), "finite"), ("a/b", [], (), "finite"), ("a/b", [1, 2], [0], "seeds"),
+    ("a/b", 1.0, [0, 1, 2], "seeds"),
 ])
 def test_record_refuses_before_writing(ledger, name, value, seeds, message):
     with pytest.raises(ValueError, match=message):

@@ -89,6 +89,7 @@ def test_cross_entropy_in_half_precision(dtype):
     (torch.tensor([0, 5]), {}, "from 0 to 4 or -100, not 0 … 5"),
     (torch.tensor([0, -1]), {}, "from 0 to 4"),
     (torch.tensor([-100, -100]), {}, "nothing to average"),
+    (torch.tensor([0.0, 1.0]), {}, "targets must be integers"),
     (torch.tensor([0, 1]), {"reduction": "median"}, "reduction must"),
     (torch.tensor([0, 1]), {"label_smoothing": 1.5}, "label_smoothing must"),
 ])
@@ -103,7 +104,7 @@ def test_all_ignored_is_fine_without_a_mean():
 
 @given(st.integers(2, 9), st.integers(0, 99))
 def test_divergence_equals_torch_and_is_never_negative(n, seed):
-    p, q = randn(5, n, seed=seed).softmax(-1), randn(5, n, seed=seed + 1).softmax(-1)
+    p, q = (randn(5, n, seed=s, dtype=torch.float64, scale=1).softmax(-1) for s in (seed, seed + 1))
     close(entropy(p), torch.distributions.Categorical(p).entropy())
     expected = torch.distributions.kl_divergence(
         torch.distributions.Categorical(p), torch.distributions.Categorical(q))
@@ -118,7 +119,10 @@ def test_zeros():
 
 
 def test_units():
-    assert perplexity(math.log(7)) == pytest.approx(7)
+    assert perplexity(math.log(7)) == pytest.approx(7) and perplexity(1000.0) == math.inf
+    for f in (softmax, log_softmax):
+        with pytest.raises(ValueError, match="floating-point"):
+            f(torch.tensor([1, 2]))
     assert bits_per_byte(math.log(2) * 16, 4) == pytest.approx(4)
     with pytest.raises(ValueError, match="n_bytes"):
         bits_per_byte(1.0, 0)

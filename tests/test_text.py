@@ -177,8 +177,20 @@ def test_failed_download_leaves_nothing(server, tmp_path, page, sha256, error, m
 def test_download_offline_and_insecure(tmp_path):
     with pytest.raises(ConnectionError, match="python_docs"):
         t.download("http://127.0.0.1:9/a.txt", GOOD, tmp_path)
-    with pytest.raises(ValueError, match="https"):
-        t.download("http://example.org/a.txt", GOOD, tmp_path)
+    for url in ("http://example.org/a.txt", "file://localhost/a.txt"):
+        with pytest.raises(ValueError, match="https"):
+            t.download(url, GOOD, tmp_path)
+
+
+def test_a_spoilt_cache_is_fetched_anew(server, tmp_path):
+    path = t.download(f"{server}/a.txt", GOOD, tmp_path)
+    path.write_bytes(b"evil")
+    assert t.download(f"{server}/a.txt", GOOD, tmp_path).read_bytes() == b"to be or not"
+
+
+def test_a_rule_names_each_symbol_once():
+    with pytest.raises(ValueError, match="each symbol once"):
+        t.derive("a", np.random.default_rng(0), {"a": [(1, "{b}{b}", "{b}")], "b": [(1, "x", "y")]})
 
 
 def test_load_corpus_by_download(server, tmp_path, monkeypatch):
