@@ -110,7 +110,7 @@ class Value(_Arithmetic):
         if x < 0 and (varies or y % 1):
             raise ValueError(f"a negative base needs a whole plain number above it: {x} ** {other}")
         if x == 0 and y < 1 and (y != 0 or varies):
-            raise ZeroDivisionError(f"the base must not be 0 below an exponent under 1: 0 ** {other}")
+            raise ZeroDivisionError(f"the base must not be 0 with an exponent below 1: 0 ** {y}")
         try:
             power, slope = x**y, y * x ** (y - 1) if y else 0.0
         except OverflowError:
@@ -176,7 +176,7 @@ def send_back(
 
 # %% ../nbs/05_autograd.ipynb #ee715fa8
 def _places(root: Value) -> dict[Value, tuple[float, float]]:
-    """The x and y of each node: inputs left of what uses them, near the mean height of their users."""
+    """The x and y of each node: inputs left of their users, near the mean height of these."""
     order = topological_order(root)
     distance, users = dict.fromkeys(order, 0), {node: [] for node in order}
     for node in reversed(order):
@@ -217,8 +217,8 @@ def draw(
             x0, y0 = places[source]
             bend = 0.3 * side if twins else 0.15 * math.copysign(x - x0 > 2, -y0)
             start, end = (x0 + 0.55, y0), (x - 0.55, y)
-            ax.annotate("", end, start, arrowprops={
-                "arrowstyle": "->", "color": COLOURS["grey"], "connectionstyle": f"arc3,rad={bend}"})
+            ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": COLOURS["grey"],
+                                                    "connectionstyle": f"arc3,rad={bend}"})
             middle = [(a + b) / 2 for a, b in zip(start, end)]
             shift = bend * (y - y0) / 2, -bend * (end[0] - start[0]) / 2
             ax.text(middle[0] + shift[0], middle[1] + shift[1], f"{slope:.3g}", size=8,

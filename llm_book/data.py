@@ -45,7 +45,7 @@ def get_batch(
     device: torch.device | str,  # where the batch shall be
     generator: torch.Generator,  # on the CPU; decides the starts
 ) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, "B T"]]:
-    """Random windows as inputs `x` and targets `y`, with y one place ahead; every start equally likely.
+    """Random windows as inputs `x` and targets `y`, one place ahead; all starts equally likely.
 
     Raises: `ValueError` for sizes below 1, tokens that are no flat integers, or fewer than T + 1.
     """
@@ -88,8 +88,8 @@ class TokenFile:
             raise ValueError(f"path must be a token file of version {_VERSION} with 2 or 4 bytes "
                              f"per id; {str(path)!r} has version {version} and {width} bytes")
         if size != (whole := _HEADER.size + width * count):
-            raise ValueError(f"path must be a complete token file; {str(path)!r} has {size:,} bytes "
-                             f"instead of {whole:,}")
+            raise ValueError(f"path must be a complete token file; {str(path)!r} has "
+                             f"{size:,} bytes instead of {whole:,}")
         self.path, self.fingerprint = Path(path), digest.hex()
         if tokenizer is not None and (given := fingerprint(tokenizer)) != self.fingerprint:
             raise ValueError(f"tokenizer must be the one that {str(path)!r} was written with, "
@@ -150,7 +150,7 @@ def encode_file(
     tokens_path: str | Path,
     tokenizer,  # characters or bytes, or one with `encode_iterable`
 ) -> TokenFile:
-    """Encode a text line by line, normalised; memory grows with its longest line, not with its size.
+    """Encode a text line by line, normalised; memory grows with its longest line, not its size.
 
     Raises: `ValueError` for bytes that are not UTF-8, and what `tokenizer` raises; nothing is
     written then.
@@ -196,7 +196,7 @@ def pack(
     separator_id: int,  # must not occur in a document
     seq_len: int,  # T
 ) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "N T"]]:
-    """Documents end to end in full rows, a separator before each and after the last, as `x` and `y`.
+    """Documents end to end in full rows as `x` and `y`; separators before each and at the end.
 
     The last row is filled up with separators in `x` and -100, "does not count", in `y`.
 

@@ -165,7 +165,7 @@ def recall(
 def plot_ladder(
     *lit: str,  # the rungs that a chapter adds, as keys of `recall("ladder")`
 ) -> plt.Axes:
-    """Draw every model of the book in bits per byte of the same test text, the `lit` ones in colour.
+    """Draw every model in bits per byte of the same test text, the `lit` ones in colour.
 
     Raises: `KeyError` for a rung that nobody has measured.
     """

@@ -16,7 +16,7 @@ def count_ngrams(
     order: int,
     vocab_size: int,
 ) -> list[dict[str, np.ndarray]]:
-    """For k = 1 … order, the different k-grams: sorted `keys`, `counts`, and their `suffix` nodes.
+    """For k = 1 … order, the different k-grams: sorted `keys`, `counts` and `suffix` nodes.
 
     A key is `node * vocab_size + last token`, with the node (rank) of the first k-1 tokens among
     the (k-1)-grams. `suffix` is the node of the last k-1 tokens.
@@ -61,6 +61,7 @@ class _Counts:
             raise ValueError(f"smoothing must be one of {SMOOTHINGS}, not {smoothing!r}")
         self.order, self.vocab_size, self.smoothing = order, vocab_size, smoothing
         self.alpha, self.weight, self.discount = alpha, weight, discount
+        self._flat = smoothing in ("mle", "laplace")  # their simpler model is always uniform
         self.levels: list[dict[str, np.ndarray]] = []
 
     def _as_ids(self, ids: Ids, name: str) -> np.ndarray:
@@ -83,7 +84,7 @@ class _Counts:
         """
         ids = self._as_ids(ids, "ids")
         if len(ids) < self.order:
-            raise ValueError(f"ids must be at least {self.order}, as many as the order, not {len(ids)}")
+            raise ValueError(f"ids must be at least {self.order}, the order, not {len(ids)}")
         levels = count_ngrams(ids, self.order, self.vocab_size)
         if self.smoothing == "kneser-ney":  # below the top, count left neighbours instead
             for level, longer in zip(levels, levels[1:]):
@@ -118,11 +119,11 @@ class _Counts:
 class NGramLM(_Counts):
     """An n-gram language model over token ids.
 
-    Source: Chen and Goodman, An Empirical Study of Smoothing Techniques, 1998; sections 2.1, 2.3, 2.7.
+    Source: Chen and Goodman, An Empirical Study of Smoothing Techniques, 1998; section 2.
     """
 
     def _find(self, k: int, nodes: np.ndarray, ids: np.ndarray | np.integer) -> np.ndarray:
-        """The nodes of k-grams made of the first k-1 tokens (-1: unseen) and a last one; -1 if unseen."""
+        """The nodes of k-grams, from those of their first k-1 tokens and the last; -1 if unseen."""
         keys = self.levels[k - 1]["keys"]
         wanted = nodes * self.vocab_size + ids
         at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
@@ -133,7 +134,7 @@ class NGramLM(_Counts):
             raise ValueError("the model must be fitted first: call fit(ids)")
 
     def log_probs(self, ids: Ids) -> np.ndarray:
-        """(T,) natural logarithms of P(token | the tokens before it), the first ones with less context."""
+        """(T,) natural logarithms of P(token | those before it), the first with less context."""
         self._fitted()
         ids = self._as_ids(ids, "ids")
         uniform = np.full(len(ids), 1 / self.vocab_size)
@@ -145,13 +146,12 @@ class NGramLM(_Counts):
             total, types = (np.where(contexts >= 0, level[name][contexts], 0)
                             for name in ("total", "types"))
             share, rest = self._mix(level, count, total, types)
-            flat = self.smoothing in ("mle", "laplace")  # their simpler model is always the uniform one
-            p[k - 1:] = share + rest * (uniform if flat else p)[k - 1:]
+            p[k - 1:] = share + rest * (uniform if self._flat else p)[k - 1:]
         with np.errstate(divide="ignore"):
             return np.log(p)
 
     def log_prob(self, ids: Ids) -> float:
-        """The natural logarithm of the probability of the whole sequence; -inf if it is impossible."""
+        """The natural logarithm of the whole sequence's probability; -inf if it is impossible."""
         return float(self.log_probs(ids).sum())
 
     def probs(
@@ -175,7 +175,7 @@ class NGramLM(_Counts):
                 count[level["keys"][low:high] - first] = level["counts"][low:high]
                 total, types = level["total"][node[0]], level["types"][node[0]]
             share, rest = self._mix(level, count, total, types)
-            p = share + rest * (uniform if self.smoothing in ("mle", "laplace") else p)
+            p = share + rest * (uniform if self._flat else p)
         return p
 
     def sample(
@@ -184,7 +184,7 @@ class NGramLM(_Counts):
         rng: np.random.Generator,
         context: Ids = (),
     ) -> list[int]:
-        """Draw `n` tokens, each from `probs` of what stands before it. The context is not returned."""
+        """Draw `n` tokens, each from `probs` of what stands before it; returned without context."""
         ids = list(context)
         start = len(ids)
         for _ in range(n):

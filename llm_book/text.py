@@ -121,7 +121,7 @@ def derive(
     rng: np.random.Generator,
     grammar: dict = GRAMMAR,
 ) -> tuple[str, str, float]:
-    """Expand `symbol` at random: the English text, the Chinese text, and -log2 of its probability."""
+    """Expand `symbol` at random: English text, Chinese text, and -log2 of the probability."""
     roll = rng.random()
     for probability, english, chinese in _rules(grammar, symbol):
         roll -= probability
@@ -181,12 +181,13 @@ def toy_entropy(
 # %% ../nbs/01_text.ipynb #9d235058
 @lru_cache(maxsize=1)
 def python_docs() -> str:
-    """Language reference and standard-library docstrings of this Python; 2 blank lines between texts.
+    """Help topics and standard-library docstrings of this Python, 2 blank lines between texts.
 
     Raises: `FileNotFoundError` where Python was installed without its source.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3",
+               "pydoc_data"}
     texts = {*pydoc_data.topics.topics.values()}
     with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(library.rglob("*.py")):
@@ -194,7 +195,8 @@ def python_docs() -> str:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about other people's escape sequences
                 nodes = ast.walk(ast.parse(path.read_bytes()))
-            texts |= {ast.get_docstring(node) or "" for node in nodes if isinstance(node, with_docstring)}
+            texts |= {ast.get_docstring(node) or ""
+                      for node in nodes if isinstance(node, with_docstring)}
     if len(texts) < 1000:
         raise FileNotFoundError(f"{library} has no source; python_docs needs a full Python")
     candidates = {text for text in map(_squeeze, texts) if len(text) >= 80}
@@ -270,8 +272,8 @@ def download(
         with urllib.request.urlopen(url, timeout=30) as response:
             data = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"cannot fetch {url} ({error}); without a network, use 'python_docs', "
-                              "'toy_world' or a file of your own") from None
+        raise ConnectionError(f"cannot fetch {url} ({error}); without a network, use "
+                              "'python_docs', 'toy_world' or a file of your own") from None
     if (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(f"{url} has the SHA-256 {found}, not {sha256}; it is not kept")
     folder.mkdir(parents=True, exist_ok=True)

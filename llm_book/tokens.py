@@ -36,7 +36,7 @@ def merge(
 
 # %% ../nbs/02_tokens.ipynb #24d3d457
 def _save(path: str | Path, kind: str, **fields) -> None:
-    """Write a tokenizer as one JSON file, first under another name so that it is never half there."""
+    """Write a tokenizer as one JSON file, first under another name: it is never half there."""
     draft = Path(f"{path}.{os.getpid()}.tmp")
     draft.write_text(json.dumps({"llm_book_tokenizer": kind, **fields}), encoding="utf-8")
     draft.replace(path)
@@ -262,7 +262,7 @@ class _BPETables:
         merges_txt: str | Path,  # also published as vocab.bpe
         special_tokens: Sequence[str] = (),  # GPT-2 has one: "<|endoftext|>"
     ):
-        """The tokenizer of the two files that GPT-2, and many models after it, are published with."""
+        """The tokenizer of the two files that GPT-2, like many after it, is published with."""
         signs = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
         lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
         pairs = [line.split() for line in lines if line and not line.startswith("#version")]
@@ -333,7 +333,7 @@ class BPETokenizer(_BPETables):
         self,
         strings: Iterable[str],  # for example an open file
     ) -> Iterator[int]:
-        """The ids of the joined strings, one by one, in memory that does not grow with their number."""
+        """The ids of the joined strings, in memory that does not grow with their number."""
         held_back = 2 + max(map(len, self.special_tokens), default=0)
         parts, size = [], 0
         for string in strings:

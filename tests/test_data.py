@@ -199,5 +199,8 @@ def test_two_readers_at_once(tmp_path):
         found[i] = [get_batch(file, 8, 32, "cpu", generator(5)) for _ in range(50)]
 
     threads = [threading.Thread(target=read, args=(i,)) for i in range(2)]
-    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert all(torch.equal(a[0], b[0]) for a, b in zip(*found))
