@@ -1,0 +1,148 @@
+"""Tokens per second, one prompt, greedy, beside the `generate` of transformers with the same weights.
+
+At 4 layers of width 128 and at GPT-2's shape (124M), two threads; and how fast the CPU reads the
+matrices of GPT-2's blocks in several layouts and number formats. Weights are random.
+
+    python benchmarks/generate.py
+"""
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from llm_book.generate import Decoder, generate
+from llm_book.gpt import GPT, GPTConfig, weights_from_hf
+from llm_book.lab import record
+
+RUNS, PROMPT = range(7), 16
+COMMAND = "python benchmarks/generate.py"
+
+
+def report(name: str, values, unit: str, **context) -> None:
+    seeds = list(RUNS) if np.ndim(values) else ()
+    entry = record(f"generate/{name}", values, unit, seeds=seeds, command=COMMAND,
+                   threads=torch.get_num_threads(), **context)
+    print(f"{name}: {entry['value']:.4g} ± {entry['sd'] or 0:.2g} {unit}", flush=True)
+
+
+def seconds(fn: Callable) -> float:
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+def same_model(**shape) -> tuple[GPT, GPT2LMHeadModel]:
+    """Our GPT and theirs, with the same random weights."""
+    torch.manual_seed(0)
+    config = GPTConfig(**shape)
+    theirs = GPT2LMHeadModel(GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.max_len, n_embd=config.d_model,
+        n_layer=config.n_layers, n_head=config.n_heads, bos_token_id=None, eos_token_id=None)).eval()
+    ours = GPT(config).eval()
+    weights_from_hf(ours, "gpt2", dict(theirs.state_dict()))
+    return ours, theirs
+
+
+def their_generate(model: GPT2LMHeadModel, ids: torch.Tensor, n: int) -> torch.Tensor:
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False,
+                          pad_token_id=0)
+
+
+def side_by_side(n: int, runs: dict[str, Callable]) -> dict[str, list[float]]:
+    """Tokens per second of each, in turns."""
+    rates = {name: [] for name in runs}
+    for _ in RUNS:
+        for name, fn in runs.items():
+            rates[name].append(n / seconds(fn))
+    return rates
+
+
+def small() -> None:
+    shape = dict(vocab_size=256, max_len=512, n_layers=4, d_model=128, n_heads=4)
+    ours, theirs = same_model(**shape)
+    decoder, n = Decoder(ours), 200
+    ids = torch.randint(256, (1, PROMPT))
+    runs = {"decoder": lambda: generate(decoder, ids, n, temperature=0),
+            "plain": lambda: generate(ours, ids, n, temperature=0),
+            "transformers": lambda: their_generate(theirs, ids, n)}
+    first, *others = [fn() for fn in runs.values()]  # warm-up
+    assert all(torch.equal(first, other) for other in others)
+    rates = side_by_side(n, runs)
+    report("small_tokens_per_second", rates["decoder"], "tokens per second", tokens=n, **shape)
+    for name, key in (("decoder", "small_vs_transformers"), ("plain", "small_plain_vs_transformers")):
+        report(key, [a / b for a, b in zip(rates[name], rates["transformers"])],
+               "ratio of tokens per second", tokens=n, **shape)
+
+
+def gpt2() -> None:
+    config = GPTConfig.preset("gpt2")
+    shape = {name: getattr(config, name) for name in ("vocab_size", "max_len", "n_layers", "d_model",
+                                                      "n_heads")}
+    ours, theirs = same_model(**shape)
+    n = 16
+    start = time.perf_counter()
+    decoder = Decoder(ours)
+    report("gpt2_decoder_seconds", time.perf_counter() - start, "s", about="laying out the weights")
+    half = Decoder(ours, torch.float16)
+    ids = torch.randint(config.vocab_size, (1, PROMPT))
+    runs = {"decoder": lambda: generate(decoder, ids, n, temperature=0),
+            "half": lambda: generate(half, ids, n, temperature=0),
+            "plain": lambda: generate(ours, ids, n, temperature=0),
+            "transformers": lambda: their_generate(theirs, ids, n)}
+    texts = {name: fn() for name, fn in runs.items()}  # warm-up
+    assert torch.equal(texts["decoder"], texts["transformers"])
+    same = (texts["half"] == texts["decoder"])[0, PROMPT:].int().cumprod(0).sum().item()
+    report("gpt2_half_same", same, "tokens", tokens=n, about="before the first that differs")
+    rates = side_by_side(n, runs)
+    for key, name in (("gpt2", "decoder"), ("gpt2_half", "half")):
+        report(f"{key}_tokens_per_second", rates[name], "tokens per second", tokens=n, **shape)
+        report(f"{key}_vs_transformers", [a / b for a, b in zip(rates[name], rates["transformers"])],
+               "ratio of tokens per second", tokens=n, peer="in float32", **shape)
+    report("gpt2_plain_vs_transformers",
+           [a / b for a, b in zip(rates["plain"], rates["transformers"])],
+           "ratio of tokens per second", tokens=n, **shape)
+
+
+def reading() -> None:
+    """Milliseconds to multiply one row with all matrices of GPT-2's blocks."""
+    D = 768
+    shapes = [(3 * D, D), (D, D), (4 * D, D), (D, 4 * D)] * 12
+    weights = [torch.randn(shape) for shape in shapes]
+    rows = {width: torch.randn(1, width) for width in (D, 4 * D)}
+
+    def product(dtype: torch.dtype, in_out: bool) -> Callable:
+        matrices = [w.to(dtype) for w in weights]
+        if in_out:
+            matrices = [w.T.contiguous().T for w in matrices]
+        x = {width: row.to(dtype) for width, row in rows.items()}
+        return lambda: [F.linear(x[w.shape[1]], w) for w in matrices]
+
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    ways = {f"{name}_{'in_out' if in_out else 'out_in'}":
+            (product(dtype, in_out), dtype.itemsize, f"{name}, {'(in, out)' if in_out else '(out, in)'}")
+            for dtype, name in names.items() for in_out in (False, True)}
+    ways["sum"] = (lambda: [w.sum() for w in weights], 4, "sum")
+    times = {key: [] for key in ways}
+    with torch.inference_mode():
+        for _ in range(len(RUNS) + 1):
+            for key, (fn, _, _) in ways.items():
+                times[key].append(seconds(fn))
+    n_bytes = sum(w.numel() for w in weights)
+    for key, (_, size, label) in ways.items():
+        measured = times[key][1:]  # the first is the warm-up
+        report(f"read_{key}", [size * n_bytes / t / 1e9 for t in measured], "GB/s", label=label,
+               milliseconds=1e3 * float(np.median(measured)), numbers=n_bytes)
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    small()
+    reading()
+    gpt2()
+
+
+if __name__ == "__main__":
+    main()
