@@ -53,10 +53,7 @@ def next_distribution(
     min_p: float | None = None,  # keep what has at least this share of the likeliest's
     repetition_penalty: float = 1.0,
 ) -> Float[Tensor, "B V"]:
-    """What the next token is drawn from: penalty, temperature, top-k, top-p, min-p, in this order.
-
-    Each step sees what the one before has left, with probabilities that sum to one.
-    """
+    """What the next token is drawn from: penalty, temperature, top-k, top-p, min-p, in this order."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if repetition_penalty != 1:
         logits = penalise(logits, previous, repetition_penalty)
@@ -120,7 +117,7 @@ def _steps(model, ids, n_new: int, n_padding, stop: Tensor, generator, use_cache
         if len(stop) and done.all():
             return
 
-
+# %% ../nbs/19_generate.ipynb #1c7eb830
 def stream(
     model,  # a `GPT`, or a `Decoder` of one
     ids: Int[Tensor, "B T"],  # the prompts
@@ -181,7 +178,7 @@ def _held_back(text: str, stop: Sequence[str]) -> int:
     """How many signs at the end of `text` may be the beginning of a stop string."""
     return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
-
+# %% ../nbs/19_generate.ipynb #44e4690e
 def _pieces(tokens: Iterator[Tensor], tokenizer, eos: set[int]) -> Iterator[str]:
     """Text of whole characters; what is not yet one waits."""
     waiting = []
@@ -245,6 +242,12 @@ def _extend(scores: Tensor, logits: Tensor, n: int) -> tuple[Tensor, Tensor, Ten
     best, where = total.flatten().topk(min(n, total.numel()))
     return best, where // logits.shape[-1], where % logits.shape[-1]
 
+
+def _settled(ended, best: float, n: int, n_max: int, n_beams: int, penalty: float) -> bool:
+    """Whether even the best beam, with nothing lost from here on, comes too late."""
+    reachable = best / (n_max if penalty > 0 else n + 1)**penalty
+    return len(ended) == n_beams and ended[-1][1] >= reachable
+
 # %% ../nbs/19_generate.ipynb #c803514a
 @torch.no_grad()
 def beam_search(
@@ -264,15 +267,13 @@ def beam_search(
     if len(ids) > 1 or n_beams < 1 or not math.isfinite(length_penalty):
         raise ValueError("ids must be one row, n_beams at least 1 and length_penalty finite, not "
                          f"{len(ids)} rows, {n_beams} and {length_penalty}")
-    cache, scores, ended = model.new_cache(1, ids.shape[1] + max_new_tokens), torch.zeros(1), []
-    scores, piece = scores.to(ids.device), ids
+    cache, ended = model.new_cache(1, ids.shape[1] + max_new_tokens), []
+    scores, piece = torch.zeros(1, device=ids.device), ids
     for n in range(1, max_new_tokens + 1):
         logits = model(piece, cache=cache)[0][:, -1]
         scores, rows, tokens = _extend(scores, logits, 2 * n_beams)  # half of them may end
-        texts, ends = torch.cat([ids[rows], tokens[:, None]], dim=1), tokens == eos_id
-        if eos_id is None:
-            ends = torch.zeros_like(tokens, dtype=torch.bool)
-        last = n == max_new_tokens
+        texts, last = torch.cat([ids[rows], tokens[:, None]], dim=1), n == max_new_tokens
+        ends = tokens == (-1 if eos_id is None else eos_id)
         ended += [(texts[i], scores[i].item() / n**length_penalty)
                   for i in range(min(n_beams, len(texts))) if last or ends[i]]
         ended = sorted(ended, key=lambda text: -text[1])[:n_beams]
@@ -282,12 +283,6 @@ def beam_search(
                                              length_penalty):
             return ended
         _reorder(cache, rows[live])
-
-
-def _settled(ended, best: float, n: int, n_max: int, n_beams: int, penalty: float) -> bool:
-    """Whether even the best beam, with nothing lost from here on, comes too late."""
-    reachable = best / (n_max if penalty > 0 else n + 1)**penalty
-    return len(ended) == n_beams and ended[-1][1] >= reachable
 
 # %% ../nbs/19_generate.ipynb #e117a04e
 def accept(
@@ -382,7 +377,7 @@ def _linear(dtype: torch.dtype | None, *layers: nn.Linear) -> Callable[[Tensor],
         return lambda x: F.linear(x.to(dtype), rounded).to(x.dtype)
     return lambda x: F.linear(x.to(dtype), rounded).to(x.dtype) + bias
 
-
+# %% ../nbs/19_generate.ipynb #93ba5277
 def _feed_forward(part: nn.Module, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
     """A feed-forward part of chapter 12 as a function."""
     down = _linear(dtype, part.down)
@@ -397,7 +392,7 @@ def _feed_forward(part: nn.Module, dtype: torch.dtype | None) -> Callable[[Tenso
 
     return gated
 
-# %% ../nbs/19_generate.ipynb #93ba5277
+
 def _attention(part: nn.Module, dtype: torch.dtype | None) -> Callable:
     """Attention of chapter 10 as a function of one new place of each row."""
     H, G, rope = part.n_heads, part.n_kv_heads, part.rope
@@ -418,9 +413,9 @@ def _attention(part: nn.Module, dtype: torch.dtype | None) -> Callable:
 
     return attend
 
-
+# %% ../nbs/19_generate.ipynb #8c33f606
 class Decoder:
-    """A GPT laid out for one token after another, with a copy of its weights as they are now."""
+    """A GPT laid out for one token after another."""
 
     @torch.no_grad()
     def __init__(
