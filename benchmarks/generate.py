@@ -63,7 +63,7 @@ def side_by_side(n: int, runs: dict[str, Callable]) -> dict[str, list[float]]:
 def small() -> None:
     shape = dict(vocab_size=256, max_len=512, n_layers=4, d_model=128, n_heads=4)
     ours, theirs = same_model(**shape)
-    decoder, n = Decoder(ours), 200
+    decoder, n = Decoder(ours), 400
     ids = torch.randint(256, (1, PROMPT))
     runs = {"decoder": lambda: generate(decoder, ids, n, temperature=0),
             "plain": lambda: generate(ours, ids, n, temperature=0),

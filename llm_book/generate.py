@@ -111,7 +111,8 @@ def _steps(model, ids, n_new: int, n_padding, stop: Tensor, generator, use_cache
             if len(stop):
                 new = torch.where(done, stop[0], new)
                 done = done | torch.isin(new, stop)
-            ids = torch.cat([ids, new], dim=1)
+            if not use_cache or sampling.get("repetition_penalty", 1) != 1:
+                ids = torch.cat([ids, new], dim=1)  # else nobody reads the old ones again
             piece = new if use_cache else ids
         yield new[:, 0].clone()
         if len(stop) and done.all():
@@ -428,7 +429,10 @@ class Decoder:
             raise ValueError("model must be in evaluation mode, since it has dropout; "
                              "call model.eval()")
         self.model, self.config, self.training = model, model.config, False
-        self.new_cache = model.new_cache
+        self.new_cache, self.embedding = model.new_cache, model.embedding.weight.detach()
+        learned = model.positions is not None
+        self.positions = model.positions.weight.detach() if learned else None
+        self.places = torch.arange(model.config.max_len, device=self.embedding.device)
         self.layers = [(_norm(block.attention_norm), _attention(block.attention, dtype),
                         _norm(block.feed_forward_norm), _feed_forward(block.feed_forward, dtype))
                        for block in model.blocks]
@@ -439,11 +443,11 @@ class Decoder:
         if ids.shape[1] > 1 or cache is None:
             return self.model(ids, cache=cache, n_padding=n_padding)
         start = cache[0].length
-        place = torch.tensor([start], device=ids.device)
+        place = self.places[start:start + 1]
         mask = None if n_padding is None else padding_mask(n_padding, start, 1)
-        x = F.embedding(ids[:, 0], self.model.embedding.weight)
-        if self.model.positions is not None:
-            x = x + self.model.positions.weight[start if n_padding is None else start - n_padding]
+        x = F.embedding(ids[:, 0], self.embedding)
+        if self.positions is not None:
+            x = x + self.positions[start if n_padding is None else start - n_padding]
         for (attention_norm, attend, feed_forward_norm, feed_forward), part in zip(self.layers, cache):
             x = x + attend(attention_norm(x), part, mask, place)
             x = x + feed_forward(feed_forward_norm(x))
