@@ -124,7 +124,7 @@ def reading() -> None:
     ways = {f"{name}_{'in_out' if in_out else 'out_in'}":
             (product(dtype, in_out), dtype.itemsize, f"{name}, {'(in, out)' if in_out else '(out, in)'}")
             for dtype, name in names.items() for in_out in (False, True)}
-    ways["sum"] = (lambda: [w.sum() for w in weights], 4, "sum")
+    ways["sum"] = (lambda: [w.sum() for w in weights], 4, "float32, sum of all")
     times = {key: [] for key in ways}
     with torch.inference_mode():
         for _ in range(len(RUNS) + 1):
