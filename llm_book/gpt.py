@@ -168,8 +168,8 @@ class GPT(nn.Module):
     ) -> list[KVCache]:
         """An empty cache, one part for each layer, on the model's device and in its dtype."""
         c, weight = self.config, self.embedding.weight
-        return [KVCache(batch_size, c.n_kv_heads, max_len or c.max_len, c.head_dim, weight.dtype,
-                        weight.device) for _ in self.blocks]
+        return [KVCache(batch_size, c.n_kv_heads, c.max_len if max_len is None else max_len, c.head_dim,
+                        weight.dtype, weight.device) for _ in self.blocks]
 
     def forward(
         self,
