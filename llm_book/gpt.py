@@ -62,8 +62,9 @@ class GPTConfig:
             raise ValueError(f"n_heads must divide d_model = {self.d_model} where head_dim is not "
                              f"given, not be {self.n_heads}")
         swiglu = self.feed_forward == "swiglu"
-        for name, default in (("n_kv_heads", self.n_heads), ("head_dim", self.d_model // self.n_heads),
-                              ("d_ff", 8 * math.ceil(self.d_model / 3) if swiglu else 4 * self.d_model)):
+        defaults = {"n_kv_heads": self.n_heads, "head_dim": self.d_model // self.n_heads,
+                    "d_ff": 8 * math.ceil(self.d_model / 3) if swiglu else 4 * self.d_model}
+        for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)  # the way round `frozen`
             _positive(name, getattr(self, name))
@@ -168,8 +169,9 @@ class GPT(nn.Module):
     ) -> list[KVCache]:
         """An empty cache, one part for each layer, on the model's device and in its dtype."""
         c, weight = self.config, self.embedding.weight
-        return [KVCache(batch_size, c.n_kv_heads, c.max_len if max_len is None else max_len, c.head_dim,
-                        weight.dtype, weight.device) for _ in self.blocks]
+        max_len = c.max_len if max_len is None else max_len
+        return [KVCache(batch_size, c.n_kv_heads, max_len, c.head_dim, weight.dtype, weight.device)
+                for _ in self.blocks]
 
     def forward(
         self,
@@ -323,10 +325,11 @@ def config_to_hf(
     config: GPTConfig,
 ) -> dict:
     """What config.json shall hold: of the family that has these parts, else our own fields."""
-    mine = asdict(config)
-    plain = config.n_kv_heads == config.n_heads and config.n_heads * config.head_dim == config.d_model
+    mine, c = asdict(config), config
+    plain = c.n_kv_heads == c.n_heads and c.n_heads * c.head_dim == c.d_model
     for family, (name, names, parts) in _FAMILIES.items():
-        if any(mine[part] != value for part, value in parts.items()) or family == "gpt2" and not plain:
+        differs = any(mine[part] != value for part, value in parts.items())
+        if differs or family == "gpt2" and not plain:  # GPT-2 has no fields for other heads
             continue
         options = {"model_type": family, "architectures": [name], "bos_token_id": None,
                    "eos_token_id": None, **{theirs: mine[ours] for ours, theirs in names.items()}}
@@ -377,11 +380,11 @@ def weights_to_hf(
     return {name: torch.cat(parts, -1).contiguous() for name, parts in theirs.items()}
 
 # %% ../nbs/14_gpt.ipynb #5245e269
-def _tidied(model: GPT, family: str, theirs: dict[str, Tensor], expected: dict) -> dict[str, Tensor]:
+def _tidied(model: GPT, family: str, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under full names, without buffers of old versions and a copy of a tied head."""
     if family == "llm_book":
         return theirs
-    top = next(iter(expected)).split(".")[0] + "."  # files of a bare model lack it
+    top = "transformer." if family == "gpt2" else "model."  # files of a bare model lack it
     theirs = {name if name.startswith((top, "lm_head.")) else top + name: weight
               for name, weight in theirs.items()
               if not re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name)}
@@ -400,14 +403,16 @@ def weights_from_hf(
 ) -> None:
     """Copy weights of a family into the model.
 
-    Raises: `ValueError` that names all missing, extra and misshapen weights; nothing is copied then.
+    Raises: `ValueError` with the names of all missing, extra and misshapen weights, before any
+    is copied.
     """
     expected = weights_to_hf(model, family)
-    theirs = _tidied(model, family, theirs, expected)
+    theirs = _tidied(model, family, theirs)
     wrong = [f"{name} is {tuple(theirs[name].shape)} instead of {tuple(weight.shape)}"
              for name, weight in expected.items()
              if name in theirs and theirs[name].shape != weight.shape]
-    missing, extra = sorted(expected.keys() - theirs.keys()), sorted(theirs.keys() - expected.keys())
+    missing = sorted(expected.keys() - theirs.keys())
+    extra = sorted(theirs.keys() - expected.keys())
     if problems := [f"{what}: {', '.join(names)}" for what, names in
                     (("missing", missing), ("extra", extra), ("misshapen", wrong)) if names]:
         raise ValueError("weights do not fit the model; " + "; ".join(problems))
@@ -479,9 +484,11 @@ def _write_weights(folder: Path, weights: dict[str, Tensor], max_shard_bytes: in
     if len(shards) > 1:
         where = {weight: name for name, shard in shards.items() for weight in shard}
         total = sum(weight.nbytes for weight in weights.values())
-        _write(index, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))
+        content = {"metadata": {"total_size": total}, "weight_map": where}
+        _write(index, json.dumps(content, indent=2))
     else:
         index.unlink(missing_ok=True)
+    ours = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
     for old in folder.glob("model*.safetensors"):
-        if old.name not in shards and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", old.name):
+        if old.name not in shards and ours.fullmatch(old.name):
             old.unlink()

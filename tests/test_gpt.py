@@ -32,6 +32,7 @@ SHAPES = {
     "llama, all heads, theta": dict(LLAMA, n_kv_heads=4, rope_theta=500_000.0, head_dim=10),
     "qwen2": dict(LLAMA, bias="qkv", norm_eps=1e-6), "qwen2, tied": dict(LLAMA, bias="qkv", tied=True),
     "qwen3": dict(LLAMA, qk_norm=True, head_dim=8), "qwen3, tied": dict(LLAMA, qk_norm=True, tied=True),
+    "gpt2, other heads": dict(GPT2, head_dim=5), "gpt2, grouped": dict(GPT2, n_kv_heads=2),
     "no family": dict(LLAMA, positions="learned", feed_forward="gelu", qk_norm=True),
 }
 CLASSES = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM,
