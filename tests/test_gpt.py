@@ -147,6 +147,18 @@ def test_names_of_a_bare_model_and_old_buffers(tmp_path):
                                    atol=1e-4, rtol=0)
 
 
+def test_names_of_a_bare_llama_and_its_old_buffers(tmp_path):
+    peer = theirs("llama", tie_word_embeddings=True)
+    peer.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    weights["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    save_file(weights, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(GPT.from_pretrained(tmp_path)(ids())[0], peer(ids()).logits,
+                                   atol=1e-4, rtol=0)
+
+
 def test_options_that_old_files_leave_out(tmp_path):
     """config.json of GPT-2 names few options; Llama's had rope_theta on the first level."""
     peer = theirs("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
@@ -260,6 +272,14 @@ def test_ignored_targets_do_not_count(model):
     logits, loss = model(x, y)
     expected = -logits.log_softmax(-1).gather(-1, kept[..., None])[:, :5].mean()
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("dtype, expected", [(torch.float64, torch.float64), (torch.float32, torch.float32),
+                                             (torch.bfloat16, torch.float32)])
+def test_the_loss_is_at_least_single_precision(dtype, expected):
+    model = random_model(**GPT2).to(dtype)
+    logits, loss = model(ids(), ids(1))
+    assert logits.dtype == dtype and loss.dtype == expected
 
 
 def filled(chunks, total):
