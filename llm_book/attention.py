@@ -105,7 +105,7 @@ class KVCache:
             raise ValueError(f"k and v must have shape ({B}, {H}, T, {K}), "
                              f"not {tuple(k.shape)} and {tuple(v.shape)}")
         if end > room:
-            raise ValueError(f"max_len is {room} places; {start} are taken, {end - start} too many "
+            raise ValueError(f"max_len is {room} places; {start} are taken, {end - start} are too many "
                              "to add")
         if k.requires_grad or v.requires_grad:
             raise RuntimeError("a cache keeps no gradients; decode inside torch.no_grad()")
@@ -171,6 +171,8 @@ class MultiHeadAttention(nn.Module):
         if (q_norm is None) != (k_norm is None):
             raise ValueError("q_norm and k_norm must be given together or not at all, not one")
         head_dim = d_model // n_heads if head_dim is None else head_dim
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, not {head_dim}")
         self.n_heads, self.n_kv_heads, self.dropout = n_heads, n_kv_heads, dropout
         self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias)
         self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias)
@@ -208,8 +210,8 @@ class MultiHeadAttention(nn.Module):
         if context is not None and (causal or cache is not None or self.rope is not None):
             raise ValueError("context must be None with causal, a cache or rotary positions, "
                              "which belong to a sequence that attends to itself")
-        q, k, v = self._project(x, x if context is None else context,
-                                cache.length if cache is not None else 0)
+        source, start = x if context is None else context, 0 if cache is None else cache.length
+        q, k, v = self._project(x, source, start)
         if cache is not None:
             k, v = cache.update(k, v)
         arguments = q, k, v, mask, causal, self.dropout if self.training else 0.0
