@@ -33,7 +33,7 @@ def causal_mask(
 
 # %% ../nbs/10_attention.ipynb #12c5118c
 def _check_mask(mask: Tensor | None) -> None:
-    """Raises: `ValueError` for a mask of integers: adding its zeros and ones would close nothing."""
+    """Raises: `ValueError` for a mask of integers: adding zeros and ones would close nothing."""
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"mask must be bool (True = may attend) or float (added), not {mask.dtype}")
 
