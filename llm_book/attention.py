@@ -105,8 +105,8 @@ class KVCache:
             raise ValueError(f"k and v must have shape ({B}, {H}, T, {K}), "
                              f"not {tuple(k.shape)} and {tuple(v.shape)}")
         if end > room:
-            raise ValueError(f"max_len is {room} places; {start} are taken, {end - start} are too many "
-                             "to add")
+            raise ValueError(f"max_len is {room} places: {start} are taken, and {end - start} more "
+                             "do not fit")
         if k.requires_grad or v.requires_grad:
             raise RuntimeError("a cache keeps no gradients; decode inside torch.no_grad()")
         self.k[:, :, start:end], self.v[:, :, start:end] = k, v
