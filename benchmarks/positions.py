@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from llm_book.attention import MultiHeadAttention
 from llm_book.data import get_batch
 from llm_book.lab import record
+from llm_book.optim import AdamW, cosine_schedule
 from llm_book.positions import LearnedPositions, PositionalEncoding, RotaryEmbedding, alibi_bias
 from llm_book.text import load_corpus, split_text
 
@@ -97,9 +98,9 @@ def bits_by_place(name: str, seed: int, train: np.ndarray, validation: np.ndarra
     """Train on short rows, read long ones; bits per byte at each place."""
     torch.manual_seed(seed)
     model, generator = OneLayer(**SCHEMES[name]()), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.98))
+    optimizer = AdamW(model.parameters(), betas=(0.9, 0.98))
     for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = 5e-3 * min(step / 40, 1) * (1 - step / STEPS)
+        optimizer.param_groups[0]["lr"] = cosine_schedule(step, 5e-3, 0.0, 40, STEPS)
         x, y = get_batch(train, 16, TRAINED, "cpu", generator)
         optimizer.zero_grad()
         F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
