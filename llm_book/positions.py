@@ -110,7 +110,7 @@ def rotate(
     turned = a * cos - b * sin, a * sin + b * cos
     return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
 
-
+# %% ../nbs/11_positions.ipynb #93e50af0
 class RotaryEmbedding(nn.Module):
     """Turns queries or keys by angles that grow with their places.
 
