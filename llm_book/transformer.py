@@ -36,7 +36,9 @@ def encoder_block(
 # %% ../nbs/13_transformer.ipynb #f23ffa65
 def _checked(name: str, mask: Tensor | None, *dims: int) -> Tensor | None:
     """`mask` as it is. Raises: `ValueError` for another shape, or neither bool nor float."""
-    if mask is None or (mask.ndim in dims and (mask.is_floating_point() or mask.dtype == torch.bool)):
+    if mask is None:
+        return None
+    if mask.ndim in dims and (mask.dtype == torch.bool or mask.is_floating_point()):
         return mask
     raise ValueError(f"{name} must be bool or float with {' or '.join(map(str, dims))} dimensions, "
                      f"not {mask.dtype} of shape {tuple(mask.shape)}")
@@ -125,8 +127,8 @@ class Transformer(nn.Module):
     def forward(
         self,
         src: Int64[Tensor, "B T"],
-        src_mask: Tensor | None = None,  # (T, T) or (B·H, T, T): bool, True = may not attend; or added
-        src_key_padding_mask: Tensor | None = None,  # (B, T): bool, True = padding; or added
+        src_mask: Tensor | None = None,  # as for `from_torch_masks`, with S = T
+        src_key_padding_mask: Tensor | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits at each place. For a language model, pass `~causal_mask(T)` as `src_mask`."""
         mask = from_torch_masks(src_mask, src_key_padding_mask, self.nhead)
@@ -240,7 +242,8 @@ class EncoderDecoder(nn.Module):
         """Raises: `ValueError` if one matrix shall serve two sizes of vocabulary."""
         super().__init__()
         if shared and src_vocab != tgt_vocab:
-            raise ValueError(f"shared must be False for vocabularies of {src_vocab} and {tgt_vocab}")
+            raise ValueError("shared must be False for vocabularies of "
+                             f"{src_vocab} and {tgt_vocab}")
         self.src_embedding = nn.Embedding(src_vocab, d_model)
         self.tgt_embedding = self.src_embedding if shared else nn.Embedding(tgt_vocab, d_model)
         self.positions = PositionalEncoding(d_model, dropout, max_len)
@@ -273,8 +276,8 @@ class EncoderDecoder(nn.Module):
     ) -> Float[Tensor, "B T V"]:
         """Logits of the token after each place."""
         start = cache[0].length if cache else 0
-        places = torch.arange(start, start + tgt.shape[1], device=tgt.device)
-        x = self.positions(self.tgt_embedding(tgt) * math.sqrt(self.head.in_features), places)
+        x = self.tgt_embedding(tgt) * math.sqrt(self.head.in_features)
+        x = self.positions(F.pad(x, (0, 0, start, 0)))[:, start:]  # new ones stand behind
         for i, block in enumerate(self.decoder):
             x = block(x, memory, _to_keys(src_real), cache=cache[i] if cache else None)
         return self.head(x)
@@ -310,7 +313,8 @@ class EncoderDecoder(nn.Module):
         token, written = src.new_full((B, 1), bos_id), []
         ended = torch.zeros_like(token, dtype=torch.bool)
         while len(written) < max_new_tokens and not ended.all():
-            token = self.decode(token, memory, src_real, cache).argmax(-1).masked_fill(ended, eos_id)
+            likeliest = self.decode(token, memory, src_real, cache).argmax(-1)
+            token = likeliest.masked_fill(ended, eos_id)
             written.append(token)
             ended |= token == eos_id
         return torch.cat(written, 1)

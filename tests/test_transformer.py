@@ -23,8 +23,8 @@ from llm_book.transformer import (
 PAD, BEGIN, END = 0, 1, 2
 SHAPE = {"n_vocab": 11, "d_model": 8, "nhead": 2, "num_layers": 2, "dim_feedforward": 12}
 seeds = st.integers(0, 1000)
-pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensor.*:UserWarning",
-                                        "ignore:.*mismatched.*mask.*:UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:enable_nested_tensor"),
+              pytest.mark.filterwarnings("ignore:The PyTorch API of nested")]
 
 
 class Peer(nn.Module):
@@ -96,7 +96,7 @@ def test_equals_torch(mask, padding, B, T, H, L, training, seed):
     expected = Transformer(**{**SHAPE, **changes})
     expected.load_state_dict({name: p.grad for name, p in theirs.named_parameters()})
     for (name, p), q in zip(ours.named_parameters(), expected.parameters()):
-        torch.testing.assert_close(p.grad, q.data, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(p.grad, q.data, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("padding", ["none", "bool", "float"])
