@@ -73,7 +73,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with weights that learn, on torch's kernel, which squares in float32."""
+    """`rms_norm` with weights that learn, on torch's version, which squares in float32."""
 
     def __init__(
         self,
