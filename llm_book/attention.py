@@ -35,7 +35,8 @@ def causal_mask(
 def _check_mask(mask: Tensor | None) -> None:
     """Raises: `ValueError` for a mask of integers: adding zeros and ones would close nothing."""
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"mask must be bool (True = may attend) or float (added), not {mask.dtype}")
+        raise ValueError(f"mask must be bool (True = may attend) or float (added), "
+                         f"not {mask.dtype}")
 
 
 def attention_weights(
