@@ -52,7 +52,7 @@ def adamw_step(
     parameter -= lr / (1 - betas[0] ** step) * mean / (root + eps)
 
 # %% ../nbs/07_optim.ipynb #41d6ba3c
-_PIECE = 2**17  # numbers; of Adam's five arrays, 2.5 MB in float32
+_PIECE = 2**18  # numbers; Adam's four arrays and its temporary take 5 MB in float32
 
 
 def _pieces(lists: list[Sequence[Tensor]]) -> Iterator[list[Sequence[Tensor]]]:
@@ -61,10 +61,11 @@ def _pieces(lists: list[Sequence[Tensor]]) -> Iterator[list[Sequence[Tensor]]]:
         yield lists
         return
     for tensors in zip(*lists):
-        tensors = [torch.atleast_1d(tensor) for tensor in tensors]
-        rows = max(1, _PIECE * len(tensors[0]) // tensors[0].numel())
-        yield from ([[piece] for piece in pieces]
-                    for pieces in zip(*(tensor.split(rows) for tensor in tensors)))
+        size, cuts = tensors[0].numel(), [tensors]
+        if size > _PIECE:
+            rows = max(1, _PIECE * len(tensors[0]) // size)
+            cuts = zip(*(tensor.split(rows) for tensor in tensors))
+        yield from ([[piece] for piece in pieces] for pieces in cuts)
 
 
 def _check_gradients(groups: list[dict]) -> None:
