@@ -24,7 +24,7 @@ COMMAND = "python benchmarks/neural_lm.py"
 SEEDS, RUNS = (0, 1, 2), range(5)
 BIGRAM = dict(n_steps=1_000, batch_size=32, seq_len=64)
 BIGRAM_CANDIDATES = [dict(max_lr=lr) for lr in (0.1, 0.3)]
-SHORT, LONG = 300, 4_000  # steps, to choose and to keep
+SHORT, LONG = 300, 1_500  # steps, to choose and to keep
 MLP = dict(batch_size=16, seq_len=64, weight_decay=0.1)
 SIZES = [dict(context=context, d_embed=32, d_hidden=768) for context in (8, 12, 16)]
 MLP_CANDIDATES = [(sizes, lr) for sizes in SIZES for lr in (4e-3, 8e-3)]
@@ -51,7 +51,7 @@ def mlp(train: np.ndarray, seed: int, n_steps: int, sizes: dict, max_lr: float,
                 generator=torch.Generator().manual_seed(seed), **MLP)
     for step, loss in enumerate(progress(steps, f"mlp {seed}", n_steps), 1):
         losses.append(loss / math.log(2))
-        if watch and (step % 400 == 1 or step == n_steps):
+        if watch and (step % 150 == 1 or step == n_steps):
             watch(step, float(np.mean(losses)), model)
             losses.clear()
     return model
