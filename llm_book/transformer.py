@@ -141,7 +141,7 @@ class Transformer(nn.Module):
 
 # %% ../nbs/13_transformer.ipynb #044c8b26
 class DecoderBlock(nn.Module):
-    """Looks at what is written so far, then at the source, then thinks; each norm after its sum."""
+    """Looks at what is written, then at the source, then thinks; each norm after its sum."""
 
     def __init__(
         self,
