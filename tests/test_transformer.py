@@ -380,7 +380,9 @@ def slow_greedy(model, row, max_new_tokens):
 @settings(max_examples=30)
 @given(seeds, st.integers(1, 9))
 def test_greedy_equals_the_slow_loop(seed, max_new_tokens):
-    model, rows = make(seed, seed % 2 == 0), random_rows(seed)
+    torch.manual_seed(seed)
+    model = stir(EncoderDecoder(13, 4, 8, 2, 1, 12)).eval()  # of four tokens one is the end
+    rows = random_rows(seed)
     src, real = pad_rows(rows, PAD)
     written = model.greedy(src, max_new_tokens, BEGIN, END, real)
     slow = [slow_greedy(model, row, max_new_tokens) for row in rows]
