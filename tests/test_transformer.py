@@ -402,6 +402,20 @@ def test_greedy_ends():
         model.greedy(src, 0, BEGIN, END)
 
 
+def test_a_row_that_has_ended_stays_ended(monkeypatch):
+    model, script = make(), iter([[5, 5], [END, 6], [7, 7], [8, END], [9, 9]])
+    read = []
+
+    def scripted(tgt, memory, src_real, cache):
+        read.append(tgt.flatten().tolist())
+        return nn.functional.one_hot(torch.tensor(next(script)), 11).float()[:, None]
+
+    monkeypatch.setattr(model, "decode", scripted)
+    src = torch.tensor([[3, 4], [5, 6]])
+    assert model.greedy(src, 9, BEGIN, END).tolist() == [[5, END, END, END], [5, 6, 7, END]]
+    assert read == [[BEGIN, BEGIN], [5, 5], [END, 6], [END, 7]]
+
+
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=4), seeds)
 def test_decoding_in_pieces_equals_decoding_at_once(pieces, seed):
     model = make(seed)
