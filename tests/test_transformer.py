@@ -380,7 +380,9 @@ def slow_greedy(model, row, max_new_tokens):
 @settings(max_examples=30)
 @given(seeds, st.integers(1, 9))
 def test_greedy_equals_the_slow_loop(seed, max_new_tokens):
-    model, rows = make(seed, seed % 2 == 0), random_rows(seed)
+    torch.manual_seed(seed)
+    model = stir(EncoderDecoder(13, 4, 8, 2, 1, 12)).eval()  # of four tokens one is the end
+    rows = random_rows(seed)
     src, real = pad_rows(rows, PAD)
     written = model.greedy(src, max_new_tokens, BEGIN, END, real)
     slow = [slow_greedy(model, row, max_new_tokens) for row in rows]
@@ -398,6 +400,20 @@ def test_greedy_ends():
     assert not model.greedy(src, 9, 1, 2).requires_grad
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
         model.greedy(src, 0, BEGIN, END)
+
+
+def test_a_row_that_has_ended_stays_ended(monkeypatch):
+    model, script = make(), iter([[5, 5], [END, 6], [7, 7], [8, END], [9, 9]])
+    read = []
+
+    def scripted(tgt, memory, src_real, cache):
+        read.append(tgt.flatten().tolist())
+        return nn.functional.one_hot(torch.tensor(next(script)), 11).float()[:, None]
+
+    monkeypatch.setattr(model, "decode", scripted)
+    src = torch.tensor([[3, 4], [5, 6]])
+    assert model.greedy(src, 9, BEGIN, END).tolist() == [[5, END, END, END], [5, 6, 7, END]]
+    assert read == [[BEGIN, BEGIN], [5, 5], [END, 6], [END, 7]]
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=4), seeds)
