@@ -5,6 +5,10 @@ Descent is timed beside counting, and a training step in NumPy beside PyTorch, o
 
     python benchmarks/neural_lm.py
 """
+import os
+
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
 import math
 import time
 from collections.abc import Callable
@@ -24,7 +28,7 @@ COMMAND = "python benchmarks/neural_lm.py"
 SEEDS, RUNS = (0, 1, 2), range(5)
 BIGRAM = dict(n_steps=1_000, batch_size=32, seq_len=64)
 BIGRAM_CANDIDATES = [dict(max_lr=lr) for lr in (0.1, 0.3)]
-SHORT, LONG = 300, 1_500  # steps, to choose and to keep
+SHORT, LONG = 200, 1_500  # steps, to choose and to keep
 MLP = dict(batch_size=16, seq_len=64, weight_decay=0.1)
 SIZES = [dict(context=context, d_embed=32, d_hidden=768) for context in (8, 12, 16)]
 MLP_CANDIDATES = [(sizes, lr) for sizes in SIZES for lr in (4e-3, 8e-3)]
@@ -143,7 +147,6 @@ def all_steps(step: Callable, batches: list) -> list[float]:
 
 
 def costs(train: np.ndarray) -> None:
-    torch.set_num_threads(1)
     sizes = 8, 16, 192
     model = MLPLM(256, *sizes, generator=torch.Generator().manual_seed(0))
     state = {name: p.detach() for name, p in model.state_dict().items()}
@@ -165,6 +168,7 @@ def costs(train: np.ndarray) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # on a busy machine two wait for each other
     parts = [np.frombuffer(part.encode(), np.uint8) for part in split_text(load_corpus("python_docs").text)]
     rungs(parts)
     costs(parts[0])
