@@ -207,7 +207,7 @@ class RMSProp(_Optimizer):
 
 # %% ../nbs/07_optim.ipynb #6e0ea2b6
 class Adam(_Optimizer):
-    """Running mean over root mean square; decay goes into the gradient. Source: Kingma, 2015."""
+    """Mean over root mean square; decay goes into the gradient. Source: Kingma, Ba, 2015."""
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0):
