@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from llm_book.gpt import GPT, PRESETS, GPTConfig
+from llm_book.gpt import GPT, PRESETS, GPTConfig, padding_mask
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -304,6 +304,27 @@ def test_cached_equals_uncached_for_any_chunks(name, chunks, seed):
             done.append(model(chunk, cache=cache)[0])
     torch.testing.assert_close(torch.cat(done, 1), expected, atol=1e-4, rtol=1e-4)
     assert all(part.length == 24 for part in cache)
+
+
+@settings(max_examples=25)
+@given(st.sampled_from([*SHAPES]), st.lists(st.integers(1, 9), min_size=1), st.integers(0, 23))
+def test_rows_filled_up_at_the_left_equal_rows_alone(name, chunks, n):
+    model, x = random_model(**SHAPES[name]), ids(n, B=2)
+    n_padding, done = torch.tensor([0, n]), []
+    with torch.no_grad():
+        expected = [model(x[i:i + 1, n_padding[i]:])[0][0] for i in (0, 1)]
+        cache = model.new_cache(2)
+        for chunk in x.split(filled(chunks, 24), 1):
+            done.append(model(chunk, cache=cache, n_padding=n_padding)[0])
+        for found in (model(x, n_padding=n_padding)[0], torch.cat(done, 1)):
+            assert found.isfinite().all()  # in the filling too
+            for i in (0, 1):
+                torch.testing.assert_close(found[i, n_padding[i]:], expected[i], atol=1e-4, rtol=1e-4)
+
+
+def test_padding_mask_by_hand():
+    mask = padding_mask(torch.tensor([0, 2]), 1, 2)  # places 1 and 2 ask, of three
+    assert mask.int().tolist() == [[[[1, 1, 1], [1, 1, 1]]], [[[0, 1, 1], [0, 0, 1]]]]
 
 
 def test_the_future_does_not_leak(model):
