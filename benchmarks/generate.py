@@ -4,7 +4,9 @@ At 4 layers of width 128 and at GPT-2's shape (124M), two threads; and how fast 
 matrices of GPT-2's blocks in several layouts and number formats. Weights are random.
 
     python benchmarks/generate.py
+    python benchmarks/generate.py --device cuda   (GPT-2's shape only, on a GPU)
 """
+import argparse
 import time
 from collections.abc import Callable
 
@@ -17,20 +19,22 @@ from llm_book.generate import Decoder, generate
 from llm_book.gpt import GPT, GPTConfig, weights_from_hf
 from llm_book.lab import record
 
-RUNS, PROMPT = range(7), 16
+PROMPT = 16
 COMMAND = "python benchmarks/generate.py"
 
 
-def report(name: str, values, unit: str, **context) -> None:
-    seeds = list(RUNS) if np.ndim(values) else ()
-    entry = record(f"generate/{name}", values, unit, seeds=seeds, command=COMMAND,
-                   threads=torch.get_num_threads(), **context)
-    print(f"{name}: {entry['value']:.4g} ± {entry['sd'] or 0:.2g} {unit}", flush=True)
+def report(name: str, values: list[float], unit: str, command: str = COMMAND, **context) -> None:
+    record(f"generate/{name}", values, unit, seeds=range(len(values)), command=command,
+           threads=torch.get_num_threads(), **context)
+    print(f"{name}: median {np.median(values):.4g}, {min(values):.4g} … {max(values):.4g} {unit}",
+          flush=True)
 
 
 def seconds(fn: Callable) -> float:
     start = time.perf_counter()
     fn()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -51,13 +55,19 @@ def their_generate(model: GPT2LMHeadModel, ids: torch.Tensor, n: int) -> torch.T
                           pad_token_id=0)
 
 
-def side_by_side(n: int, runs: dict[str, Callable]) -> dict[str, list[float]]:
-    """Tokens per second of each, in turns."""
+def side_by_side(n: int, repetitions: int, runs: dict[str, Callable], command: str = COMMAND,
+                 **context) -> None:
+    """Record tokens per second of each, measured in turns, and the ratio to the last."""
     rates = {name: [] for name in runs}
-    for _ in RUNS:
+    for _ in range(repetitions):
         for name, fn in runs.items():
             rates[name].append(n / seconds(fn))
-    return rates
+    *ours, peer = rates
+    for name in ours:
+        ratios = [a / b for a, b in zip(rates[name], rates[peer])]
+        report(f"{name}_tokens_per_second", rates[name], "tokens per second", command, **context)
+        report(f"{name}_vs_transformers", ratios, "ratio of tokens per second", command,
+               peer="in float32", **context)
 
 
 def small() -> None:
@@ -65,45 +75,33 @@ def small() -> None:
     ours, theirs = same_model(**shape)
     decoder, n = Decoder(ours), 400
     ids = torch.randint(256, (1, PROMPT))
-    runs = {"decoder": lambda: generate(decoder, ids, n, temperature=0),
-            "plain": lambda: generate(ours, ids, n, temperature=0),
+    runs = {"small": lambda: generate(decoder, ids, n, temperature=0),
+            "small_plain": lambda: generate(ours, ids, n, temperature=0),
             "transformers": lambda: their_generate(theirs, ids, n)}
     first, *others = [fn() for fn in runs.values()]  # warm-up
     assert all(torch.equal(first, other) for other in others)
-    rates = side_by_side(n, runs)
-    report("small_tokens_per_second", rates["decoder"], "tokens per second", tokens=n, **shape)
-    for name, key in (("decoder", "small_vs_transformers"), ("plain", "small_plain_vs_transformers")):
-        report(key, [a / b for a, b in zip(rates[name], rates["transformers"])],
-               "ratio of tokens per second", tokens=n, **shape)
+    side_by_side(n, 15, runs, tokens=n, **shape)
 
 
-def gpt2() -> None:
+def gpt2(device: str) -> None:
     config = GPTConfig.preset("gpt2")
     shape = {name: getattr(config, name) for name in ("vocab_size", "max_len", "n_layers", "d_model",
                                                       "n_heads")}
-    ours, theirs = same_model(**shape)
-    n = 16
-    start = time.perf_counter()
-    decoder = Decoder(ours)
-    report("gpt2_decoder_seconds", time.perf_counter() - start, "s", about="laying out the weights")
-    half = Decoder(ours, torch.float16)
-    ids = torch.randint(config.vocab_size, (1, PROMPT))
-    runs = {"decoder": lambda: generate(decoder, ids, n, temperature=0),
-            "half": lambda: generate(half, ids, n, temperature=0),
-            "plain": lambda: generate(ours, ids, n, temperature=0),
+    ours, theirs = (model.to(device) for model in same_model(**shape))
+    decoder, half = Decoder(ours), Decoder(ours, torch.float16)
+    key, n = ("gpt2", 32) if device == "cpu" else ("gpu", 256)
+    command = COMMAND if device == "cpu" else f"{COMMAND} --device {device}"
+    ids = torch.randint(config.vocab_size, (1, PROMPT), device=device)
+    runs = {key: lambda: generate(decoder, ids, n, temperature=0),
+            f"{key}_half": lambda: generate(half, ids, n, temperature=0),
+            f"{key}_plain": lambda: generate(ours, ids, n, temperature=0),
             "transformers": lambda: their_generate(theirs, ids, n)}
     texts = {name: fn() for name, fn in runs.items()}  # warm-up
-    assert torch.equal(texts["decoder"], texts["transformers"])
-    same = (texts["half"] == texts["decoder"])[0, PROMPT:].int().cumprod(0).sum().item()
-    report("gpt2_half_same", same, "tokens", tokens=n, about="before the first that differs")
-    rates = side_by_side(n, runs)
-    for key, name in (("gpt2", "decoder"), ("gpt2_half", "half")):
-        report(f"{key}_tokens_per_second", rates[name], "tokens per second", tokens=n, **shape)
-        report(f"{key}_vs_transformers", [a / b for a, b in zip(rates[name], rates["transformers"])],
-               "ratio of tokens per second", tokens=n, peer="in float32", **shape)
-    report("gpt2_plain_vs_transformers",
-           [a / b for a, b in zip(rates["plain"], rates["transformers"])],
-           "ratio of tokens per second", tokens=n, **shape)
+    if device == "cpu":
+        assert torch.equal(texts[key], texts["transformers"])
+    same = (texts[f"{key}_half"] == texts[key])[0, PROMPT:].int().cumprod(0).sum().item()
+    report(f"{key}_half_same", [same], "tokens", command, tokens=n, about="before the first that differs")
+    side_by_side(n, 9, runs, command, tokens=n, **shape)
 
 
 def reading() -> None:
@@ -127,21 +125,24 @@ def reading() -> None:
     ways["sum"] = (lambda: [w.sum() for w in weights], 4, "float32, sum of all")
     times = {key: [] for key in ways}
     with torch.inference_mode():
-        for _ in range(len(RUNS) + 1):
+        for _ in range(16):
             for key, (fn, _, _) in ways.items():
                 times[key].append(seconds(fn))
-    n_bytes = sum(w.numel() for w in weights)
+    n_numbers = sum(w.numel() for w in weights)
     for key, (_, size, label) in ways.items():
-        measured = times[key][1:]  # the first is the warm-up
-        report(f"read_{key}", [size * n_bytes / t / 1e9 for t in measured], "GB/s", label=label,
-               milliseconds=1e3 * float(np.median(measured)), numbers=n_bytes)
+        measured = [1e3 * t for t in times[key][1:]]  # the first is the warm-up
+        report(f"read_{key}", measured, "ms", label=label, megabytes=size * n_numbers / 1e6)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    device = parser.parse_args().device
     torch.set_num_threads(2)
-    small()
-    reading()
-    gpt2()
+    if device == "cpu":
+        small()
+        reading()
+    gpt2(device)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,6 @@ from .block import FeedForward, RMSNorm
 from .gpt import GPT, padding_mask
 
 # %% ../nbs/19_generate.ipynb #1ed5d938
-def _check_sampling(*, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
-    """Raises: `ValueError` for a setting that means nothing, `TypeError` for an unknown one."""
-    whole = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 1
-    for name, value, fine, allowed in (
-            ("temperature", temperature, 0 <= temperature < math.inf, "at least 0 and finite"),
-            ("top_k", top_k, top_k is None or whole, "a whole number of at least 1"),
-            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
-            ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf,
-             "above 0 and finite")):
-        if not fine:
-            raise ValueError(f"{name} must be {allowed}, not {value!r}")
-
-
 def penalise(
     logits: Float[Tensor, "B V"],
     previous: Int[Tensor, "B T"],  # what has been read and said
@@ -42,7 +28,7 @@ def penalise(
     said = logits.gather(-1, previous)
     return logits.scatter(-1, previous, torch.where(said < 0, said * penalty, said / penalty))
 
-# %% ../nbs/19_generate.ipynb #56ad71ad
+
 def next_distribution(
     logits: Float[Tensor, "B V"],
     previous: Int[Tensor, "B T"] | None = None,  # needed for the repetition penalty only
@@ -72,7 +58,27 @@ def next_distribution(
     return logits.softmax(-1)
 
 # %% ../nbs/19_generate.ipynb #54c619d5
-def _check_request(model, ids: Tensor, max_new_tokens: int, n_padding: Tensor | None = None) -> None:
+def _check_sampling(*, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
+    """Raises: `ValueError` for a setting that means nothing, `TypeError` for an unknown one."""
+    whole = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 1
+    for name, value, fine, allowed in (
+            ("temperature", temperature, 0 <= temperature < math.inf, "at least 0 and finite"),
+            ("top_k", top_k, top_k is None or whole, "a whole number of at least 1"),
+            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
+            ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf,
+             "above 0 and finite")):
+        if not fine:
+            raise ValueError(f"{name} must be {allowed}, not {value!r}")
+
+
+def _refuse_training(model) -> None:
+    """Raises: `ValueError` for a model that would forget at random."""
+    if model.training and model.config.dropout > 0:
+        raise ValueError("model must be in evaluation mode, since it has dropout; call model.eval()")
+
+
+def _check_request(model, ids: Tensor, max_new_tokens: int) -> None:
     """Raises: `ValueError` for what cannot be continued."""
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 1 or ids.is_floating_point():
         raise ValueError("ids must be whole numbers of shape (B, T) with at least one row and one "
@@ -83,14 +89,9 @@ def _check_request(model, ids: Tensor, max_new_tokens: int, n_padding: Tensor | 
         raise ValueError(f"max_new_tokens must be from 1 to {room} after {ids.shape[1]} tokens, since "
                          f"max_len is {model.config.max_len}, not {max_new_tokens}; cut the prompt to "
                          "go on with less of it")
-    if n_padding is not None and not (n_padding.shape == ids.shape[:1] and (n_padding >= 0).all()
-                                      and (n_padding < ids.shape[1]).all()):
-        raise ValueError(f"n_padding must be {len(ids)} numbers from 0 to {ids.shape[1] - 1}, "
-                         f"not {n_padding.tolist()}")
-    if model.training and model.config.dropout > 0:
-        raise ValueError("model must be in evaluation mode, since it has dropout; call model.eval()")
+    _refuse_training(model)
 
-
+# %% ../nbs/19_generate.ipynb #4ba8f3d9
 def _choose(logits: Tensor, previous: Tensor, generator, sampling: dict) -> Int[Tensor, "B 1"]:
     """One token for each row."""
     if sampling.get("temperature") == 0 and sampling.get("repetition_penalty", 1) == 1:
@@ -98,7 +99,7 @@ def _choose(logits: Tensor, previous: Tensor, generator, sampling: dict) -> Int[
     p = next_distribution(logits, previous, **sampling)
     return torch.multinomial(p, 1, generator=generator)
 
-# %% ../nbs/19_generate.ipynb #70ad8b39
+
 def _steps(model, ids, n_new: int, n_padding, stop: Tensor, generator, use_cache: bool,
            sampling: dict) -> Iterator[Tensor]:
     """The new tokens, (B,) each time."""
@@ -118,7 +119,7 @@ def _steps(model, ids, n_new: int, n_padding, stop: Tensor, generator, use_cache
         if len(stop) and done.all():
             return
 
-# %% ../nbs/19_generate.ipynb #1c7eb830
+# %% ../nbs/19_generate.ipynb #70ad8b39
 def stream(
     model,  # a `GPT`, or a `Decoder` of one
     ids: Int[Tensor, "B T"],  # the prompts
@@ -134,13 +135,10 @@ def stream(
 
     Raises: `ValueError` for an empty prompt, more places than the model has, nonsensical settings.
     """
-    _check_request(model, ids, max_new_tokens, n_padding)
+    _check_request(model, ids, max_new_tokens)
     _check_sampling(**sampling)
     stop = torch.tensor([] if eos_id is None else eos_id, dtype=ids.dtype, device=ids.device)
-    if n_padding is not None:  # so that nobody is penalised for what only fills the row
-        places = torch.arange(ids.shape[1], device=ids.device)
-        first = ids.gather(1, n_padding[:, None])
-        ids = torch.where(places < n_padding[:, None], first, ids)
+    ids = ids if n_padding is None else _refilled(ids, n_padding)
     return _steps(model, ids, max_new_tokens, n_padding, stop.flatten(), generator, use_cache, sampling)
 
 
@@ -168,7 +166,19 @@ def pad_left(
     rows = [[0] * (T - len(prompt)) + list(prompt) for prompt in prompts]
     return torch.tensor(rows), torch.tensor([T - len(prompt) for prompt in prompts])
 
-# %% ../nbs/19_generate.ipynb #d8fe5ef9
+
+def _refilled(ids: Tensor, n_padding: Tensor) -> Tensor:
+    """Padding replaced by the row's first token, so that nobody is penalised for what only fills.
+
+    Raises: `ValueError` unless there is one number for each row, and a token left in it.
+    """
+    if n_padding.shape != ids.shape[:1] or n_padding.min() < 0 or n_padding.max() >= ids.shape[1]:
+        raise ValueError(f"n_padding must be {len(ids)} numbers from 0 to {ids.shape[1] - 1}, "
+                         f"not {n_padding.tolist()}")
+    places = torch.arange(ids.shape[1], device=ids.device)
+    return torch.where(places < n_padding[:, None], ids.gather(1, n_padding[:, None]), ids)
+
+# %% ../nbs/19_generate.ipynb #44c45ee1
 def _stop_at(text: str, stop: Sequence[str]) -> int | None:
     """Where the stop string begins that is complete first; of several, the longest."""
     found = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
@@ -178,19 +188,6 @@ def _stop_at(text: str, stop: Sequence[str]) -> int | None:
 def _held_back(text: str, stop: Sequence[str]) -> int:
     """How many signs at the end of `text` may be the beginning of a stop string."""
     return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-
-# %% ../nbs/19_generate.ipynb #44e4690e
-def _pieces(tokens: Iterator[Tensor], tokenizer, eos: set[int]) -> Iterator[str]:
-    """Text of whole characters; what is not yet one waits."""
-    waiting = []
-    for token in tokens:
-        if token.item() not in eos:
-            waiting.append(token.item())
-            text = tokenizer.decode(waiting)
-            if not text.endswith("\ufffd"):  # else a character may be incomplete
-                yield text
-                waiting = []
-    yield tokenizer.decode(waiting)
 
 
 def _until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
@@ -208,7 +205,20 @@ def _until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
     if text:
         yield text
 
-# %% ../nbs/19_generate.ipynb #88524076
+# %% ../nbs/19_generate.ipynb #d8fe5ef9
+def _pieces(tokens: Iterator[Tensor], tokenizer, eos: set[int]) -> Iterator[str]:
+    """Text of whole characters; what is not yet one waits."""
+    waiting = []
+    for token in tokens:
+        if token.item() not in eos:
+            waiting.append(token.item())
+            text = tokenizer.decode(waiting)
+            if not text.endswith("\ufffd"):  # else a character may be incomplete
+                yield text
+                waiting = []
+    yield tokenizer.decode(waiting)
+
+
 def stream_text(
     model,
     tokenizer,  # of chapter 2
@@ -425,9 +435,7 @@ class Decoder:
         dtype: torch.dtype | None = None,  # of the matrices, the model's if not given
     ):
         """Raises: `ValueError` for a model in training mode with dropout."""
-        if model.training and model.config.dropout > 0:
-            raise ValueError("model must be in evaluation mode, since it has dropout; "
-                             "call model.eval()")
+        _refuse_training(model)
         self.model, self.config, self.training = model, model.config, False
         self.new_cache, self.embedding = model.new_cache, model.embedding.weight.detach()
         learned = model.positions is not None
