@@ -115,7 +115,7 @@ def _steps(model, ids, n_new: int, n_padding, stop: Tensor, generator, use_cache
             if not use_cache or sampling.get("repetition_penalty", 1) != 1:
                 ids = torch.cat([ids, new], dim=1)  # else nobody reads the old ones again
             piece = new if use_cache else ids
-        yield new[:, 0].clone()
+        yield new[:, 0].clone()  # what is made in inference mode cannot be trained on
         if len(stop) and done.all():
             return
 
