@@ -24,7 +24,7 @@ def penalise(
     previous: Int[Tensor, "B T"],  # what has been read and said
     penalty: float,  # above 1: less of the same
 ) -> Float[Tensor, "B V"]:
-    """Logits in which each token of `previous` is less likely. Source: Keskar et al., CTRL, 2019."""
+    """Logits that make each token of `previous` less likely. Source: Keskar et al., CTRL, 2019."""
     said = logits.gather(-1, previous)
     return logits.scatter(-1, previous, torch.where(said < 0, said * penalty, said / penalty))
 
@@ -39,7 +39,10 @@ def next_distribution(
     min_p: float | None = None,  # keep what has at least this share of the likeliest's
     repetition_penalty: float = 1.0,
 ) -> Float[Tensor, "B V"]:
-    """What the next token is drawn from: penalty, temperature, top-k, top-p, min-p, in this order."""
+    """What the next token is drawn from: penalty, temperature, top-k, top-p, min-p, in this order.
+
+    Source: Fan et al., 2018 (top-k); Holtzman et al., 2019 (top-p); Nguyen et al., 2024 (min-p).
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if repetition_penalty != 1:
         logits = penalise(logits, previous, repetition_penalty)
@@ -75,7 +78,8 @@ def _check_sampling(*, temperature=1.0, top_k=None, top_p=None, min_p=None, repe
 def _refuse_training(model) -> None:
     """Raises: `ValueError` for a model that would forget at random."""
     if model.training and model.config.dropout > 0:
-        raise ValueError("model must be in evaluation mode, since it has dropout; call model.eval()")
+        raise ValueError("model must be in evaluation mode, since it has dropout; "
+                         "call model.eval()")
 
 
 def _check_request(model, ids: Tensor, max_new_tokens: int) -> None:
@@ -86,9 +90,9 @@ def _check_request(model, ids: Tensor, max_new_tokens: int) -> None:
                          "separator if there is no prompt")
     room = model.config.max_len - ids.shape[1]
     if not 1 <= max_new_tokens <= room:
-        raise ValueError(f"max_new_tokens must be from 1 to {room} after {ids.shape[1]} tokens, since "
-                         f"max_len is {model.config.max_len}, not {max_new_tokens}; cut the prompt to "
-                         "go on with less of it")
+        raise ValueError(f"max_new_tokens must be from 1 to {room} after {ids.shape[1]} tokens, "
+                         f"since max_len is {model.config.max_len}, not {max_new_tokens}; cut the "
+                         "prompt to go on with less of it")
     _refuse_training(model)
 
 # %% ../nbs/19_generate.ipynb #4ba8f3d9
@@ -139,7 +143,8 @@ def stream(
     _check_sampling(**sampling)
     stop = torch.tensor([] if eos_id is None else eos_id, dtype=ids.dtype, device=ids.device)
     ids = ids if n_padding is None else _refilled(ids, n_padding)
-    return _steps(model, ids, max_new_tokens, n_padding, stop.flatten(), generator, use_cache, sampling)
+    return _steps(model, ids, max_new_tokens, n_padding, stop.flatten(), generator, use_cache,
+                  sampling)
 
 
 def generate(
@@ -313,8 +318,9 @@ def _guess(draft, ids, cache, n: int, generator, sampling: dict) -> tuple[Tensor
     drawn_from = []
     for _ in range(n):
         logits = draft(ids[:, _length(cache):], cache=cache)[0][:, -1]
-        drawn_from.append(next_distribution(logits, ids, **sampling)[0])
-        ids = torch.cat([ids, torch.multinomial(drawn_from[-1][None], 1, generator=generator)], dim=1)
+        q = next_distribution(logits, ids, **sampling)
+        ids = torch.cat([ids, torch.multinomial(q, 1, generator=generator)], dim=1)
+        drawn_from.append(q[0])
     return ids, drawn_from
 
 
@@ -456,7 +462,7 @@ class Decoder:
         x = F.embedding(ids[:, 0], self.embedding)
         if self.positions is not None:
             x = x + self.positions[start if n_padding is None else start - n_padding]
-        for (attention_norm, attend, feed_forward_norm, feed_forward), part in zip(self.layers, cache):
-            x = x + attend(attention_norm(x), part, mask, place)
-            x = x + feed_forward(feed_forward_norm(x))
+        for (norm_1, attend, norm_2, feed_forward), part in zip(self.layers, cache):
+            x = x + attend(norm_1(x), part, mask, place)
+            x = x + feed_forward(norm_2(x))
         return self.head(self.norm(x))[:, None], None
