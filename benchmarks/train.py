@@ -26,8 +26,7 @@ def main() -> None:
     for seed in SEEDS:
         torch.manual_seed(seed)
         model, started = make_model(LONG, 256), time.perf_counter()
-        few = (parts[0], parts[1][:20_000])  # of the validation part, which decides nothing
-        learn(model, few, make_config(LONG, STEPS, seed))
+        learn(model, (parts[0], parts[1][:20_000]), make_config(LONG, STEPS, seed))
         seconds = time.perf_counter() - started
         rows.append((bits(model, parts[2]), bits(model, parts[1]), seconds))
     test, validation, seconds = (list(column) for column in zip(*rows))
