@@ -253,7 +253,7 @@ def orthogonalise(
     tall = matrices.size(-2) > matrices.size(-1)
     wide = matrices.reshape(-1, *matrices.shape[-2:])
     wide = wide.mT if tall else wide  # the smaller Gram matrix
-    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # no strength is above 1 now
+    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # no strength is above 1
     for _ in range(n_steps):
         gram = wide @ wide.mT
         odd = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram²
@@ -302,8 +302,8 @@ class Muon(_Optimizer):
         for matrix, move in zip(p, ahead):
             alike[matrix.shape].append((matrix, move.bfloat16()))
         for shape, pairs in alike.items():
-            moves = orthogonalise(torch.stack([move for _, move in pairs]), group["ns_coefficients"],
-                                  group["ns_steps"], group["eps"])
+            stack = torch.stack([move for _, move in pairs])
+            moves = orthogonalise(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
             if group["adjust_lr_fn"] == "match_rms_adamw":
                 scale = 0.2 * math.sqrt(max(shape))
             else:

@@ -419,7 +419,8 @@ def _refuse_foreign(path: Path, about: dict, weights: dict, model: nn.Module,
                          f"extra or of another shape or dtype: {', '.join(wrong[:4])} …")
     names = [type(one).__name__ for one in optimizers]
     if optimizers and names != about["optimizers"]:
-        raise ValueError(f"{str(path)!r} is of other optimizers, {about['optimizers']}, not {names}")
+        raise ValueError(f"{str(path)!r} is of other optimizers, {about['optimizers']}, "
+                         f"not {names}")
     groups = [one.param_groups for one in optimizers]
     sizes, saved = ([[len(group["params"]) for group in some] for some in each]
                     for each in (groups, about["param_groups"]))
@@ -489,7 +490,8 @@ def _fingerprint(tokens) -> list:
 def _describe(model: nn.Module, tokens_train, tokens_val, config: TrainConfig) -> dict:
     """What makes a run this one and no other, as JSON values."""
     return json.loads(json.dumps({
-        "config": asdict(config), "model_config": repr(getattr(model, "config", type(model).__name__)),
+        "config": asdict(config),
+        "model_config": repr(getattr(model, "config", type(model).__name__)),
         "tokens_train": _fingerprint(tokens_train), "tokens_val": _fingerprint(tokens_val),
         "torch": torch.__version__, "threads": torch.get_num_threads()}))
 
