@@ -158,7 +158,7 @@ def make_optimizers(
     model: nn.Module,
     config: TrainConfig,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices in the model's `blocks` and AdamW for the rest.
+    """AdamW for everything, or Muon for the matrices in the `blocks` and AdamW for the rest.
 
     Each group carries its largest learning rate as `max_lr`.
 
