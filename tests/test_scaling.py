@@ -32,7 +32,7 @@ from llm_book.scaling import (
     train_branches,
     training_flops,
 )
-from llm_book.train import TrainConfig, train
+from llm_book.train import TrainConfig, evaluate, train
 
 torch.set_num_threads(1)
 
@@ -304,6 +304,15 @@ def test_the_trunk_is_a_run_without_decay():
         (config,) = configs(result["trunk_steps"], schedule="constant")
         alone = train(gpt(), TOKENS, TOKENS, config, progress=False)
         assert alone[-1]["val_loss"] == result["trunk_loss"]
+
+
+def test_both_texts_are_asked():
+    results = train_branches(gpt(), TOKENS[:100], TOKENS[100:], configs(3, 6, eval_windows=0))
+    for config, result in zip(configs(3, 6, eval_windows=0), results):
+        model = gpt()
+        train(model, TOKENS[:100], TOKENS[100:], config, progress=False)
+        assert result["train_loss"] == evaluate(model, TOKENS[:100], 8)
+        assert result["loss"] == evaluate(model, TOKENS[100:], 8)
 
 
 def test_stable_steps_without_decay():
