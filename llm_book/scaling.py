@@ -134,8 +134,8 @@ def train_branches(
         its_generator.set_state(generator.get_state())
         _advance(branch, its_optimizers, tokens_train, config, range(shared, config.max_steps),
                  its_generator)
-        losses = [evaluate(each, tokens, config.seq_len, n_windows=config.eval_windows,
-                           precision=config.precision)
+        losses = [evaluate(each, tokens, config.seq_len, batch_size=config.batch_size,
+                           n_windows=config.eval_windows, precision=config.precision)
                   for each, tokens in ((branch, tokens_val), (branch, tokens_train),
                                        (model, tokens_val))]
         results.append({"steps": config.max_steps, "trunk_steps": shared}
