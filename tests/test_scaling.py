@@ -311,8 +311,8 @@ def test_both_texts_are_asked():
     for config, result in zip(configs(3, 6, eval_windows=0), results):
         model = gpt()
         train(model, TOKENS[:100], TOKENS[100:], config, progress=False)
-        assert result["train_loss"] == evaluate(model, TOKENS[:100], 8)
-        assert result["loss"] == evaluate(model, TOKENS[100:], 8)
+        assert result["train_loss"] == evaluate(model, TOKENS[:100], 8, batch_size=config.batch_size)
+        assert result["loss"] == evaluate(model, TOKENS[100:], 8, batch_size=config.batch_size)
 
 
 def test_stable_steps_without_decay():
