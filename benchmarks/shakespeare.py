@@ -110,12 +110,17 @@ def make_config(recipe: Recipe, steps: int, seed: int) -> TrainConfig:
                        seed=seed)
 
 
-def learn(model: GPT, tokens: tuple, config: TrainConfig) -> float:
-    """The loss on the whole of the validation part afterwards, in float32."""
+def train_in(recipe: Recipe, model: GPT, tokens: tuple, config: TrainConfig) -> None:
+    """`train`, with the attention that is faster in the recipe's precision."""
     # torch's fused attention on a CPU walks back through bfloat16 several times slower than the
-    # plain one; in float32 it is the faster one, which is what the recipe gets
-    with sdpa_kernel(SDPBackend.MATH if config.precision == "bfloat16" else FUSED):
-        train(model, tokens[0], tokens[1][:T + 1], config, progress=False)
+    # plain one; in float32 it is the faster one, which is what the peer gets
+    with sdpa_kernel(SDPBackend.MATH if recipe.precision == "bfloat16" else FUSED):
+        train(model, *tokens, config, progress=False)
+
+
+def learn(recipe: Recipe, model: GPT, tokens: tuple, config: TrainConfig) -> float:
+    """The loss on the whole of the validation part afterwards, in float32."""
+    train_in(recipe, model, (tokens[0], tokens[1][:T + 1]), config)  # it has nothing to evaluate
     return evaluate(model, tokens[1], T)
 
 
@@ -124,27 +129,33 @@ def to_target(recipe: Recipe, tokens: tuple, vocab_size: int, seed: int, target:
     started = time.perf_counter()
     torch.manual_seed(seed)
     model, slower = make_model(recipe, vocab_size), recipe
-    loss = learn(model, tokens, make_config(recipe, recipe.steps, seed))
+    loss = learn(recipe, model, tokens, make_config(recipe, recipe.steps, seed))
     for _ in range(ATTEMPTS):
         if loss <= target:
             break
         seed += 100  # other batches
         slower = replace(slower, max_lr=slower.max_lr / 2, muon_lr=slower.muon_lr / 2)
-        loss = learn(model, tokens, make_config(slower, recipe.steps // 3, seed))
+        loss = learn(slower, model, tokens, make_config(slower, recipe.steps // 3, seed))
     return loss, time.perf_counter() - started
 
 
 def for_seconds(recipe: Recipe, tokens: tuple, vocab_size: int, seed: int, seconds: float) -> tuple:
-    """Loss and seconds of a run with as many steps as there is time for, by a trial of 20."""
+    """Loss and seconds of a run with as many steps as there is time for, by a trial of 35."""
     started = time.perf_counter()
     torch.manual_seed(seed)
     model = make_model(recipe, vocab_size)
-    begin, trial = time.perf_counter(), copy.deepcopy(model)
-    learn(trial, (tokens[0], tokens[1][:T + 1]), make_config(recipe, 20, seed))
-    one_step, begin = (time.perf_counter() - begin) / 20, time.perf_counter()
+    trial, few = copy.deepcopy(model), (tokens[0], tokens[1][:T + 1])
+    train_in(recipe, trial, few, make_config(recipe, 5, seed))  # the first steps are slow
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        train_in(recipe, trial, few, make_config(recipe, 10, seed))
+        times.append((time.perf_counter() - begin) / 10)
+    begin = time.perf_counter()
     evaluate(trial, tokens[1], T)
-    left = seconds - (time.perf_counter() - started) - 1.2 * (time.perf_counter() - begin)
-    loss = learn(model, tokens, make_config(recipe, max(2, int(0.97 * left / one_step)), seed))
+    left = seconds - (time.perf_counter() - started) - 1.3 * (time.perf_counter() - begin)
+    steps = max(2, int(0.95 * left / statistics.median(times)))
+    loss = learn(recipe, model, tokens, make_config(recipe, steps, seed))
     return loss, time.perf_counter() - started
 
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import torch
 from gpt import RULE, bits
-from shakespeare import LONG, T, learn, make_config, make_model
+from shakespeare import LONG, T, make_config, make_model, train_in
 
 from llm_book.lab import record
 from llm_book.text import load_corpus, split_text
@@ -26,7 +26,7 @@ def main() -> None:
     for seed in SEEDS:
         torch.manual_seed(seed)
         model, started = make_model(LONG, 256), time.perf_counter()
-        learn(model, (parts[0], parts[1][:20_000]), make_config(LONG, STEPS, seed))
+        train_in(LONG, model, (parts[0], parts[1][:T + 1]), make_config(LONG, STEPS, seed))
         seconds = time.perf_counter() - started
         rows.append((bits(model, parts[2]), bits(model, parts[1]), seconds))
     test, validation, seconds = (list(column) for column in zip(*rows))
