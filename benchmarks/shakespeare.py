@@ -152,7 +152,7 @@ def for_seconds(recipe: Recipe, tokens: tuple, vocab_size: int, seed: int, secon
     optimizers, generator = make_optimizers(model, config), torch.Generator().manual_seed(seed)
     groups, step = [group for one in optimizers for group in one.param_groups], 0
     with attention(recipe):
-        while (gone := (time.perf_counter() - started) / limit) < 1:
+        while (gone := (time.perf_counter() - started) / max(limit, 1e-9)) < 1:
             step += 1
             for group in groups:
                 group["lr"] = group["max_lr"] * min(step / config.warmup_steps, 1 - gone)

@@ -16,7 +16,7 @@ from llm_book.lab import record
 from llm_book.text import load_corpus, split_text
 from llm_book.train import train
 
-SEEDS, STEPS = (0, 1, 2), 700
+SEEDS, STEPS = (0, 1, 2), 520
 
 
 def main() -> None:
