@@ -13,7 +13,6 @@ over the whole of the rest, in windows of 64. Seconds are wall time with all eva
 Without --data nothing is measured: the text is not part of the project.
 """
 import argparse
-import copy
 import math
 import statistics
 import time
@@ -26,16 +25,17 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from llm_book.data import get_batch
 from llm_book.gpt import GPT, GPTConfig
 from llm_book.lab import record
 from llm_book.ngram import NGramLM
+from llm_book.optim import clip_grad_norm
 from llm_book.text import load_corpus
 from llm_book.tokens import CharTokenizer
-from llm_book.train import TrainConfig, evaluate, train
+from llm_book.train import TrainConfig, accumulate, evaluate, make_optimizers, train
 
 COMMAND = "python benchmarks/shakespeare.py --data tinyshakespeare.txt"
 T, TARGET, SEEDS, ATTEMPTS = 64, 1.8857, (0, 1, 2), 9
-FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 PEER = partial(GPTConfig, max_len=T, n_layers=4, d_model=128, n_heads=4, bias="none")
 
 
@@ -110,17 +110,20 @@ def make_config(recipe: Recipe, steps: int, seed: int) -> TrainConfig:
                        seed=seed)
 
 
-def train_in(recipe: Recipe, model: GPT, tokens: tuple, config: TrainConfig) -> None:
-    """`train`, with the attention that is faster in the recipe's precision."""
-    # torch's fused attention on a CPU walks back through bfloat16 several times slower than the
-    # plain one; in float32 it is the faster one, which is what the peer gets
-    with sdpa_kernel(SDPBackend.MATH if recipe.precision == "bfloat16" else FUSED):
-        train(model, *tokens, config, progress=False)
+def attention(recipe: Recipe):
+    """The backend that is faster in the recipe's precision, as a context.
+
+    torch's fused attention on a CPU walks back through bfloat16 several times slower than the plain
+    one. In float32 it is the faster one, which is what the peer gets.
+    """
+    return sdpa_kernel([SDPBackend.MATH] if recipe.precision == "bfloat16" else
+                       [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 
 
 def learn(recipe: Recipe, model: GPT, tokens: tuple, config: TrainConfig) -> float:
     """The loss on the whole of the validation part afterwards, in float32."""
-    train_in(recipe, model, (tokens[0], tokens[1][:T + 1]), config)  # it has nothing to evaluate
+    with attention(recipe):  # `train` itself has hardly anything to evaluate
+        train(model, tokens[0], tokens[1][:T + 1], config, progress=False)
     return evaluate(model, tokens[1], T)
 
 
@@ -140,23 +143,26 @@ def to_target(recipe: Recipe, tokens: tuple, vocab_size: int, seed: int, target:
 
 
 def for_seconds(recipe: Recipe, tokens: tuple, vocab_size: int, seed: int, seconds: float) -> tuple:
-    """Loss and seconds of a run with as many steps as there is time for, by a trial of 35."""
+    """Loss and seconds of a run whose learning rate comes down with the clock, not the steps."""
     started = time.perf_counter()
     torch.manual_seed(seed)
-    model = make_model(recipe, vocab_size)
-    trial, few = copy.deepcopy(model), (tokens[0], tokens[1][:T + 1])
-    train_in(recipe, trial, few, make_config(recipe, 5, seed))  # the first steps are slow
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        train_in(recipe, trial, few, make_config(recipe, 10, seed))
-        times.append((time.perf_counter() - begin) / 10)
-    begin = time.perf_counter()
-    evaluate(trial, tokens[1], T)
-    left = seconds - (time.perf_counter() - started) - 1.3 * (time.perf_counter() - begin)
-    steps = max(2, int(0.95 * left / statistics.median(times)))
-    loss = learn(recipe, model, tokens, make_config(recipe, steps, seed))
-    return loss, time.perf_counter() - started
+    model, config = make_model(recipe, vocab_size), make_config(recipe, 1_000_000, seed)
+    evaluate(model, tokens[1], T)
+    limit = seconds - 1.5 * (time.perf_counter() - started)  # time for the evaluation at the end
+    optimizers, generator = make_optimizers(model, config), torch.Generator().manual_seed(seed)
+    groups, step = [group for one in optimizers for group in one.param_groups], 0
+    with attention(recipe):
+        while (gone := (time.perf_counter() - started) / max(limit, 1e-9)) < 1:
+            step += 1
+            for group in groups:
+                group["lr"] = group["max_lr"] * min(step / config.warmup_steps, 1 - gone)
+            model.zero_grad()
+            accumulate(model, [get_batch(tokens[0], config.batch_size, T, "cpu", generator)],
+                       config.precision)
+            clip_grad_norm(model.parameters(), config.max_norm)
+            for optimizer in optimizers:
+                optimizer.step()
+    return evaluate(model, tokens[1], T), time.perf_counter() - started
 
 
 def the_peer(tokens: tuple, vocab_size: int, seed: int) -> tuple:
