@@ -397,7 +397,7 @@ def test_dropout_is_repeatable_and_unequal_rows_are_refused(one, two):
 
 # ---- the launch files, and a worker that is killed
 
-OPTIONS = ("--max-steps 60 --checkpoint-every 10 --warmup-steps 5 --batch-size 6 --seq-len 16 "
+OPTIONS = ("--max-steps 40 --checkpoint-every 10 --warmup-steps 5 --batch-size 6 --seq-len 16 "
            "--n-layers 1 --d-model 16 --n-heads 2 --eval-windows 8 --max-lr 0.003").split()
 
 
@@ -410,7 +410,7 @@ def undisturbed(tmp_path_factory):
     torch.manual_seed(0)
     model = GPT(GPTConfig(256, 16, 1, 16, 2))
     parts = [np.array(list(part.encode()), np.uint16) for part in split_text(text, boundary="\n")[:2]]
-    c = TrainConfig(60, checkpoint_every=10, warmup_steps=5, batch_size=6, seq_len=16, eval_windows=8,
+    c = TrainConfig(40, checkpoint_every=10, warmup_steps=5, batch_size=6, seq_len=16, eval_windows=8,
                     max_lr=3e-3)
     train(model, *parts, c, out_dir=folder / "one", progress=False)
     return folder
@@ -449,8 +449,8 @@ def run_and_kill(command: list, out_dir: Path, victim: int, **more) -> str:
 
 
 def same_run(folder: Path, shown: str, run: str, attempt: str) -> None:
-    assert attempt in shown and "step 60: validation" in shown
-    assert [entry["step"] for entry in log_of(folder / run)] == list(range(1, 61))
+    assert attempt in shown and "step 40: validation" in shown
+    assert [entry["step"] for entry in log_of(folder / run)] == list(range(1, 41))
     np.testing.assert_allclose(losses(log_of(folder / run)), losses(log_of(folder / "one")), rtol=0, atol=1e-5)
     (_, weights, _), (_, expected, _) = (read_checkpoint(checkpoints(folder / name)[-1]) for name in (run, "one"))
     torch.testing.assert_close(weights, expected, atol=1e-3, rtol=0)
