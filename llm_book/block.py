@@ -87,7 +87,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Each row normalised and stretched."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 # %% ../nbs/12_block.ipynb #42e7afb0
 def gelu_tanh(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:

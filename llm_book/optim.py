@@ -243,20 +243,22 @@ class AdamW(Adam):
 
 # %% ../nbs/07_optim.ipynb #cd39f357
 def orthogonalise(
-    matrix: Float[Tensor, "D F"],
+    matrices: Float[Tensor, "*B D F"],
     coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),  # of σ, σ³ and σ⁵
     n_steps: int = 5,
     eps: float = 1e-7,  # saves the division for a matrix of zeros
-) -> Float[Tensor, "D F"]:
+) -> Float[Tensor, "*B D F"]:
     """The same singular vectors with singular values near 1. Source: Jordan et al., Muon, 2024."""
     a, b, c = coefficients
-    wide = matrix.mT if matrix.size(0) > matrix.size(1) else matrix  # the smaller Gram matrix
-    wide = wide / wide.norm().clamp(min=eps)  # no singular value is above 1 now
+    tall = matrices.size(-2) > matrices.size(-1)
+    wide = matrices.reshape(-1, *matrices.shape[-2:])
+    wide = wide.mT if tall else wide  # the smaller Gram matrix
+    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # no strength is above 1 now
     for _ in range(n_steps):
         gram = wide @ wide.mT
-        odd = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram²
-        wide = torch.addmm(wide, odd, wide, beta=a)  # a wide + odd @ wide
-    return wide.mT if matrix.size(0) > matrix.size(1) else wide
+        odd = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram²
+        wide = torch.baddbmm(wide, odd, wide, beta=a)  # a wide + odd @ wide
+    return (wide.mT if tall else wide).reshape(matrices.shape)
 
 # %% ../nbs/07_optim.ipynb #53de2fdc
 class Muon(_Optimizer):
@@ -296,14 +298,18 @@ class Muon(_Optimizer):
         torch._foreach_lerp_(velocity, g, 1 - momentum)
         ahead = torch._foreach_lerp(g, velocity, momentum) if group["nesterov"] else velocity
         torch._foreach_mul_(p, 1 - lr * group["weight_decay"])
+        alike = defaultdict(list)
         for matrix, move in zip(p, ahead):
-            move = orthogonalise(move.bfloat16(), group["ns_coefficients"], group["ns_steps"],
-                                 group["eps"])
+            alike[matrix.shape].append((matrix, move.bfloat16()))
+        for shape, pairs in alike.items():
+            moves = orthogonalise(torch.stack([move for _, move in pairs]), group["ns_coefficients"],
+                                  group["ns_steps"], group["eps"])
             if group["adjust_lr_fn"] == "match_rms_adamw":
-                scale = 0.2 * math.sqrt(max(matrix.shape))
+                scale = 0.2 * math.sqrt(max(shape))
             else:
-                scale = math.sqrt(max(1, matrix.size(0) / matrix.size(1)))
-            matrix.add_(move, alpha=-lr * scale)
+                scale = math.sqrt(max(1, shape[0] / shape[1]))
+            for (matrix, _), move in zip(pairs, moves):
+                matrix.add_(move, alpha=-lr * scale)
 
 # %% ../nbs/07_optim.ipynb #36843fe4
 def _phases(step: int, lrs: tuple, warmup_steps: int, total_steps: int, decay_steps: int):

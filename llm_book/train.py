@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from numpy.lib.stride_tricks import sliding_window_view
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -43,13 +44,14 @@ from llm_book.optim import (
 # %% ../nbs/15_train.ipynb #cfb875d2
 def accumulate(
     model: nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor]],  # inputs and targets, (B, T) each
-    precision: str = "float32",  # or "bfloat16", for the matrix products
+    batches: Iterable[tuple[Tensor, Tensor]],  # inputs and targets, (B, T) each
+    precision: str = "float32",  # or "bfloat16": 16 bits inside the matrix products
 ) -> float:
     """Add the gradient of the mean loss over all targets of all batches; return that loss.
 
     Raises: `ValueError` if no target counts, that is, if all are -100.
     """
+    batches = list(batches)
     counts = [int((y != -100).sum()) for _, y in batches]
     if not sum(counts):
         raise ValueError("batches must have at least one target that counts, not none")
@@ -92,7 +94,7 @@ class TrainConfig:
     optimizer: str = "adamw"  # or "muon" for the matrices in the blocks; AdamW has the rest
     muon_lr: float = 0.02  # Muon's largest; it follows the same schedule
     weight_decay: float = 0.1  # of matrices; vectors have none
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    betas: Sequence[float] = (0.9, 0.95)  # of AdamW; two
     max_norm: float = 1.0  # longer gradients are shortened; inf leaves them
     accumulation_steps: int = 1  # forward passes for one update
     precision: str = "float32"  # or "bfloat16" for matrix products; weights stay as they are
@@ -115,6 +117,7 @@ class TrainConfig:
         return _SCHEDULES[self.schedule](self, step)
 
 # %% ../nbs/15_train.ipynb #c0001d6e
+_MAX_SEED = 2**32 - 1  # what NumPy takes
 _WHOLE = {"max_steps": 1, "batch_size": 1, "seq_len": 1, "accumulation_steps": 1, "eval_every": 1,
           "checkpoint_every": 1, "keep_last": 1, "warmup_steps": 0, "eval_windows": 0, "seed": 0}
 _CHOICES = {"schedule": tuple(_SCHEDULES), "optimizer": ("adamw", "muon"),
@@ -129,6 +132,11 @@ def _refuse_values(c: TrainConfig) -> None:
     for name, least in _WHOLE.items():
         if type(getattr(c, name)) is not int or getattr(c, name) < least:
             refuse(name, f"a whole number of at least {least}")
+    if c.seed > _MAX_SEED:
+        refuse("seed", f"at most {_MAX_SEED}")
+    for name in ("max_lr", "muon_lr", "max_norm", "min_lr", "weight_decay"):
+        if not isinstance(getattr(c, name), (int, float)):
+            refuse(name, "a number")
     for name in ("max_lr", "muon_lr", "max_norm"):
         if not getattr(c, name) > 0 or (name != "max_norm" and getattr(c, name) == math.inf):
             refuse(name, "above 0" if name == "max_norm" else "above 0 and finite")
@@ -138,7 +146,8 @@ def _refuse_values(c: TrainConfig) -> None:
         refuse("min_lr", f"from 0 to max_lr = {c.max_lr}")
     if c.warmup_steps >= c.max_steps:
         refuse("warmup_steps", f"from 0 to max_steps - 1 = {c.max_steps - 1}")
-    if len(c.betas) != 2 or not all(0 <= beta < 1 for beta in c.betas):
+    if (not isinstance(c.betas, (tuple, list)) or len(c.betas) != 2
+            or not all(0 <= beta < 1 for beta in c.betas)):
         refuse("betas", "two numbers from 0 to below 1")
     for name, allowed in _CHOICES.items():
         if getattr(c, name) not in allowed:
@@ -194,6 +203,8 @@ def evaluate(
     precision: str = "float32",
 ) -> float:
     """Mean nats per token, without dropout. Raises: `ValueError` for a size out of range."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     batches = _fixed_windows(tokens, seq_len, batch_size, n_windows)
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
@@ -232,12 +243,21 @@ def _update(model: nn.Module, optimizers: list, batches: list, config: TrainConf
     return {"step": step + 1, "loss": loss, "lr": share * config.max_lr, "gradient_norm": norm}
 
 # %% ../nbs/15_train.ipynb #961e2068
-def _refuse_divergence(history: list[dict], entry: dict) -> None:
-    """Raises: `FloatingPointError` if 20 steps together are 2 nats worse than the first one."""
+def _refuse_divergence(history: list[dict], entry: dict, model: nn.Module, saving: bool) -> None:
+    """Raises: `FloatingPointError` if `entry`, or what is to be saved, is not worth going on from.
+
+    The mean of 20 losses must not be 2 nats above the best validation loss so far, or the first
+    loss; before saving this holds for fewer, too, and all weights must be finite.
+    """
     recent = [entry["loss"], *(past["loss"] for past in history[-19:])]
-    if len(recent) == 20 and sum(recent) / 20 > history[0]["loss"] + 2:
-        raise FloatingPointError(f"the loss is {entry['loss']:.3g}, "
-                                 f"and began at {history[0]['loss']:.3g}")
+    sound = min((past["val_loss"] for past in history if "val_loss" in past),
+                default=(history or [entry])[0]["loss"])
+    if not math.isfinite(entry.get("val_loss", 0.0)):
+        raise FloatingPointError(f"the validation loss is {entry['val_loss']}")
+    if (saving or len(recent) == 20) and sum(recent) / len(recent) > sound + 2:
+        raise FloatingPointError(f"the loss is {entry['loss']:.3g}, and was {sound:.3g}")
+    if saving and not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise FloatingPointError("a weight is not finite")
 
 # %% ../nbs/15_train.ipynb #93162c3f
 def random_state() -> dict:
@@ -307,6 +327,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _remove(path: Path) -> None:
+    """Take a checkpoint's name away at once, and then its files, which takes longer."""
+    doomed = path.with_name(f"draft_{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Write files into a new folder and wait until all is on the disk."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -328,11 +356,17 @@ def save_checkpoint(
     keep_last: int = 2,  # older checkpoints than these are removed
     **extra,  # JSON values that `restore` gives back
 ) -> Path:
-    """Write `folder/step_…` so that at every moment it is either whole or not there."""
+    """Write `folder/step_…` so that at every moment it is either whole or not there.
+
+    Raises: `ValueError` for a negative step.
+    """
+    if step < 0:
+        raise ValueError(f"step must be at least 0, not {step}")
     folder, states = Path(folder), [one.state_dict() for one in _as_list(optimizer)]
     weights = {name: weight.contiguous() for name, weight in _weights(model).items()}
     files = {"model.safetensors": save(weights), "optimizer.safetensors": save(_flat(states))}
     about = {**extra, "step": step, "random": random_state(),
+             "optimizers": [type(one).__name__ for one in _as_list(optimizer)],
              "param_groups": [state["param_groups"] for state in states]}
     files["checkpoint.json"] = json.dumps(about).encode()
     files["SHA256SUMS"] = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n"
@@ -340,12 +374,14 @@ def save_checkpoint(
     final, draft = folder / f"step_{step:08}", folder / f"draft_{os.getpid()}"
     _write_folder(draft, files)
     if final.exists():  # one that was passed over as damaged
-        shutil.rmtree(final)
+        _remove(final)
     draft.rename(final)
     _sync_folder(folder)
     older = [path for path in checkpoints(folder) if int(path.name[5:]) < step]
-    for path in [*older[:max(0, len(older) + 1 - keep_last)], *folder.glob("draft_*")]:
-        shutil.rmtree(path, ignore_errors=True)  # drafts: of a run that was killed
+    for path in older[:max(0, len(older) + 1 - keep_last)]:
+        _remove(path)
+    for path in folder.glob("draft_*"):  # of a run that was killed
+        shutil.rmtree(path, ignore_errors=True)
     return final
 
 # %% ../nbs/15_train.ipynb #97d9cac9
@@ -364,7 +400,12 @@ def read_checkpoint(
         if f"{hashlib.sha256(data).hexdigest()}  {name}" not in sums:
             raise ValueError(f"{str(path)!r} is no whole checkpoint: the checksum of {name} is "
                              "not the one in SHA256SUMS")
-    return json.loads(about), load(weights), load(state)
+    try:
+        about, weights, state = json.loads(about), load(weights), load(state)
+        _ = [about[key] for key in ("step", "random", "optimizers", "param_groups")]
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{str(path)!r} is no checkpoint of this book: {error!r}") from None
+    return about, weights, state
 
 # %% ../nbs/15_train.ipynb #fc461896
 def _refuse_foreign(path: Path, about: dict, weights: dict, model: nn.Module,
@@ -372,10 +413,13 @@ def _refuse_foreign(path: Path, about: dict, weights: dict, model: nn.Module,
     """Raises: `ValueError` unless a checkpoint's arrays fit the model and the optimizers."""
     own = _weights(model)
     wrong = [name for name in sorted({*own, *weights}) if name not in own or name not in weights
-             or own[name].shape != weights[name].shape]
+             or own[name].shape != weights[name].shape or own[name].dtype != weights[name].dtype]
     if wrong:
         raise ValueError(f"{str(path)!r} is of another model; {len(wrong)} weights are missing, "
-                         f"extra or of another shape: {', '.join(wrong[:4])} …")
+                         f"extra or of another shape or dtype: {', '.join(wrong[:4])} …")
+    names = [type(one).__name__ for one in optimizers]
+    if optimizers and names != about["optimizers"]:
+        raise ValueError(f"{str(path)!r} is of other optimizers, {about['optimizers']}, not {names}")
     groups = [one.param_groups for one in optimizers]
     sizes, saved = ([[len(group["params"]) for group in some] for some in each]
                     for each in (groups, about["param_groups"]))
@@ -436,6 +480,39 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer=None) -> int
 _FREE = ("eval_every", "eval_windows", "checkpoint_every", "keep_last")  # may change on the way
 
 
+def _fingerprint(tokens) -> list:
+    """Their number, and a hash of up to 65,536 of them, evenly spread."""
+    some = np.asarray(tokens[::max(1, len(tokens) // 2**16)]).astype(np.int64)
+    return [len(tokens), hashlib.sha256(some.tobytes()).hexdigest()]
+
+
+def _describe(model: nn.Module, tokens_train, tokens_val, config: TrainConfig) -> dict:
+    """What makes a run this one and no other, as JSON values."""
+    return json.loads(json.dumps({
+        "config": asdict(config), "model_config": repr(getattr(model, "config", type(model).__name__)),
+        "tokens_train": _fingerprint(tokens_train), "tokens_val": _fingerprint(tokens_val),
+        "torch": torch.__version__, "threads": torch.get_num_threads()}))
+
+
+def _refuse_another_run(now: dict, then: dict) -> None:
+    """Raises: `ValueError` that names what has changed; warns of what changes the last bits."""
+    for name in ("model_config", "tokens_train", "tokens_val"):
+        if now[name] != then.get(name):
+            raise ValueError(f"{name} must be that of the run in out_dir, {then.get(name)}, "
+                             f"not {now[name]}")
+    ours, theirs = now["config"], then["config"]
+    changed = [name for name in ours if ours[name] != theirs.get(name) and name not in _FREE]
+    shares = [[TrainConfig(**config).lr_share(step) for step in range(then["step"])]
+              for config in (ours, theirs)] if changed == ["max_steps"] else [0, 1]
+    if changed and shares[0] != shares[1]:  # another end is fine if the way so far is the same
+        raise ValueError("config must be that of the run in out_dir; changed: " + ", ".join(
+            f"{name} from {theirs.get(name)!r} to {ours[name]!r}" for name in changed))
+    for name in ("torch", "threads"):
+        if now[name] != then.get(name):
+            warnings.warn(f"{name} was {then.get(name)} and is {now[name]}: "
+                          "the last bits may differ", stacklevel=5)
+
+
 def _read_log(out_dir: Path, step: int) -> list[dict]:
     """The entries up to `step`; later ones are cut off. Raises: `ValueError` if some are missing."""
     path = out_dir / "log.jsonl"
@@ -450,33 +527,35 @@ def _read_log(out_dir: Path, step: int) -> list[dict]:
     return entries
 
 # %% ../nbs/15_train.ipynb #335be8d1
-def _begin(model: nn.Module, optimizers: list, generator: torch.Generator, config: TrainConfig,
+def _begin(model: nn.Module, optimizers: list, generator: torch.Generator, run: dict,
            out_dir: Path | None, resume: bool) -> list[dict]:
     """Seed everything, or put back the run in `out_dir`; the log of the steps that are done."""
-    seed_everything(config.seed)
-    generator.manual_seed(config.seed)
-    if out_dir is None or not checkpoints(out_dir):
-        return [] if out_dir is None else _read_log(out_dir, 0)
-    if not resume:
-        raise ValueError(f"out_dir must hold no checkpoints if resume is False; {str(out_dir)!r} "
-                         f"holds {len(checkpoints(out_dir))}")
+    seed_everything(run["config"]["seed"])
+    generator.manual_seed(run["config"]["seed"])
+    if out_dir is None:
+        return []
+    log = out_dir / "log.jsonl"
+    if not resume and (checkpoints(out_dir) or log.exists() and log.stat().st_size):
+        raise ValueError(f"out_dir must hold no run if resume is False, unlike {str(out_dir)!r}")
+    if not checkpoints(out_dir):  # killed before the first one, if ever
+        return _read_log(out_dir, 0)
     about, *tensors = _newest_usable(out_dir, model, optimizers)
-    now, then = json.loads(json.dumps(asdict(config))), about.get("config", {})
-    if changed := [name for name in now if now[name] != then.get(name) and name not in _FREE]:
-        raise ValueError("config must be that of the run in out_dir; changed: " + ", ".join(
-            f"{name} from {then.get(name)!r} to {now[name]!r}" for name in changed))
+    _refuse_another_run(run, about)
     history = _read_log(out_dir, about["step"])
     _put_back(about, *tensors, model, optimizers)
     generator.set_state(torch.tensor(about["generator"], dtype=torch.uint8))
     return history
 
 # %% ../nbs/15_train.ipynb #c4989fb9
-def _refuse_short(tokens_train, tokens_val, seq_len: int) -> None:
-    """Raises: `ValueError` for fewer tokens than one window, or one question."""
-    for name, tokens, least in (("tokens_train", tokens_train, seq_len + 1),
-                                ("tokens_val", tokens_val, 2)):
-        if len(tokens) < least:
-            raise ValueError(f"{name} must be at least {least} tokens, not {len(tokens)}")
+def _due(step: int, every: int, config: TrainConfig) -> bool:
+    return (step + 1) % every == 0 or step + 1 == config.max_steps
+
+
+def _draw(model: nn.Module, tokens, config: TrainConfig, generator: torch.Generator) -> list:
+    """The batches of one update."""
+    device = next(model.parameters()).device
+    return [get_batch(tokens, config.batch_size, config.seq_len, device, generator)
+            for _ in range(config.accumulation_steps)]
 
 
 def _last_good(out_dir: Path | None) -> str:
@@ -489,7 +568,36 @@ def _last_good(out_dir: Path | None) -> str:
             continue
     return "none"
 
+
+def _logged_step(model: nn.Module, optimizers: list, batches: list, tokens_val,
+                 config: TrainConfig, history: list[dict], out_dir: Path | None) -> dict:
+    """One update, its speed and, when it is due, the validation loss after it."""
+    step, started = len(history), time.perf_counter()
+    try:
+        entry = _update(model, optimizers, batches, config, step)
+        n_tokens = sum(y.numel() for _, y in batches)
+        entry["tokens_per_second"] = n_tokens / (time.perf_counter() - started)
+        if _due(step, config.eval_every, config):
+            entry["val_loss"] = evaluate(model, tokens_val, config.seq_len,
+                                         batch_size=config.batch_size, precision=config.precision,
+                                         n_windows=config.eval_windows)
+        saving = out_dir is not None and _due(step, config.checkpoint_every, config)
+        _refuse_divergence(history, entry, model, saving)
+    except FloatingPointError as error:
+        lr = config.lr_share(step) * config.max_lr
+        raise TrainingDiverged(f"{error}, at step {step + 1}, learning rate {lr:.3g}; "
+                               f"last good checkpoint: {_last_good(out_dir)}") from None
+    return entry
+
 # %% ../nbs/15_train.ipynb #6112cd26
+def _refuse_short(tokens_train, tokens_val, seq_len: int) -> None:
+    """Raises: `ValueError` for fewer tokens than one window, or one question."""
+    for name, tokens, least in (("tokens_train", tokens_train, seq_len + 1),
+                                ("tokens_val", tokens_val, 2)):
+        if len(tokens) < least:
+            raise ValueError(f"{name} must be at least {least} tokens, not {len(tokens)}")
+
+# %% ../nbs/15_train.ipynb #0d1eaf01
 def train(
     model: nn.Module,  # forward(ids, targets) returns (logits, loss); trained in place
     tokens_train,  # what `get_batch` takes
@@ -502,14 +610,17 @@ def train(
 ) -> list[dict]:
     """Train, and return what was logged for each step.
 
-    After a kill, call it again: it continues as if nothing had happened, bit for bit on a CPU.
+    After a kill, call it again: it continues as if nothing had happened, bit for bit on the same
+    kind of CPU with as many threads. (Before the first checkpoint it begins anew: seed before you
+    make the model.)
 
     Raises: `TrainingDiverged`; `ValueError` for too few tokens, or a folder with another run.
     """
     _refuse_short(tokens_train, tokens_val, config.seq_len)
     out_dir = None if out_dir is None else Path(out_dir)
     optimizers, generator = make_optimizers(model, config), torch.Generator()
-    history = _begin(model, optimizers, generator, config, out_dir, resume)
+    run = _describe(model, tokens_train, tokens_val, config)
+    history = _begin(model, optimizers, generator, run, out_dir, resume)
     steps = range(len(history), config.max_steps)
     bar = progress_bar(steps, "training") if progress else steps
     model.train()
@@ -522,41 +633,11 @@ def train(
             if out_dir and _due(step, config.checkpoint_every, config):
                 os.fsync(log.fileno())  # a checkpoint never knows more than the log
                 save_checkpoint(out_dir, model, optimizers, step + 1, keep_last=config.keep_last,
-                                config=asdict(config), generator=generator.get_state().tolist())
+                                **run, generator=generator.get_state().tolist())
             if progress:
                 bar.set_postfix_str(f"loss {entry['loss']:.3f}, "
                                     f"{entry['tokens_per_second']:,.0f} tokens/s")
     return history
-
-# %% ../nbs/15_train.ipynb #8fc8cc3c
-def _due(step: int, every: int, config: TrainConfig) -> bool:
-    return (step + 1) % every == 0 or step + 1 == config.max_steps
-
-
-def _draw(model: nn.Module, tokens, config: TrainConfig, generator: torch.Generator) -> list:
-    """The batches of one update."""
-    device = next(model.parameters()).device
-    return [get_batch(tokens, config.batch_size, config.seq_len, device, generator)
-            for _ in range(config.accumulation_steps)]
-
-
-def _logged_step(model: nn.Module, optimizers: list, batches: list, tokens_val,
-                 config: TrainConfig, history: list[dict], out_dir: Path | None) -> dict:
-    """One update, its speed and, when it is due, the validation loss after it."""
-    step, started = len(history), time.perf_counter()
-    try:
-        entry = _update(model, optimizers, batches, config, step)
-        _refuse_divergence(history, entry)
-    except FloatingPointError as error:
-        lr = config.lr_share(step) * config.max_lr
-        raise TrainingDiverged(f"{error}, at step {step + 1}, learning rate {lr:.3g}; "
-                               f"last good checkpoint: {_last_good(out_dir)}") from None
-    n_tokens = sum(y.numel() for _, y in batches)
-    entry["tokens_per_second"] = n_tokens / (time.perf_counter() - started)
-    if _due(step, config.eval_every, config):
-        entry["val_loss"] = evaluate(model, tokens_val, config.seq_len, precision=config.precision,
-                                     n_windows=config.eval_windows)
-    return entry
 
 # %% ../nbs/15_train.ipynb #aa8f183e
 def plot_history(

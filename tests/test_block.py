@@ -106,6 +106,13 @@ def test_norms_match_torch_modules_by_default():
     assert RMSNorm(8).state_dict().keys() == nn.RMSNorm(8).state_dict().keys()
 
 
+def test_rms_norm_keeps_bfloat16_as_it_is(recwarn):
+    x = torch.randn(4, 8).bfloat16()
+    found = RMSNorm(8)(x)
+    assert found.dtype == torch.bfloat16 and not recwarn.list
+    torch.testing.assert_close(found.float(), rms_norm(x.float(), torch.ones(8), 1e-6), rtol=2**-8, atol=0)
+
+
 @given(seeds, st.integers(2, 8), st.floats(-9, 9), st.floats(0.5, 9))
 def test_what_the_norms_do_not_see(seed, D, shift, scale):
     x, = numbers(seed, (4, D))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,8 @@ def test_accumulation_adds_and_refuses_nothing_to_learn():
     once = gradient(model)
     accumulate(model, [(x, x)])
     torch.testing.assert_close(gradient(model), 2 * once)
+    accumulate(model, iter([(x, x)]))
+    torch.testing.assert_close(gradient(model), 3 * once)
     with pytest.raises(ValueError, match="at least one target that counts"):
         accumulate(model, [(x, torch.full_like(x, -100))])
 
@@ -114,22 +117,31 @@ def test_bfloat16_is_used_and_close():
 @pytest.mark.parametrize("changes, message", [
     (dict(max_steps=0), "max_steps must be a whole number of at least 1, not 0"),
     (dict(batch_size=-1), "batch_size must"), (dict(seq_len=0), "seq_len must"),
-    (dict(accumulation_steps=0), "accumulation_steps"), (dict(eval_every=0), "eval_every"),
-    (dict(checkpoint_every=0), "checkpoint_every"), (dict(keep_last=0), "keep_last"),
+    (dict(accumulation_steps=0), "^accumulation_steps must"), (dict(eval_every=0), "^eval_every must"),
+    (dict(checkpoint_every=0), "^checkpoint_every must"), (dict(keep_last=0), "^keep_last must"),
     (dict(keep_last=True), "keep_last must be a whole number"),
     (dict(eval_windows=-1), "eval_windows must be a whole number of at least 0"),
-    (dict(seed=-1), "seed"), (dict(max_lr=0.0), "max_lr must be above 0 and finite, not 0.0"),
-    (dict(max_lr=math.inf), "max_lr"), (dict(max_lr=math.nan), "max_lr"),
-    (dict(muon_lr=-1.0), "muon_lr"), (dict(max_norm=0.0), "max_norm must be above 0, not"),
-    (dict(weight_decay=-0.1), "weight_decay"), (dict(weight_decay=math.inf), "weight_decay"),
+    (dict(seed=2**32), "seed must be at most 4294967295"), (dict(seed=-1), "^seed must"), (dict(max_lr=0.0), "max_lr must be above 0 and finite, not 0.0"),
+    (dict(max_lr=math.inf), "^max_lr must"), (dict(max_lr=math.nan), "^max_lr must"),
+    (dict(muon_lr=-1.0), "^muon_lr must"), (dict(max_norm=0.0), "max_norm must be above 0, not"),
+    (dict(weight_decay=-0.1), "^weight_decay must"), (dict(weight_decay=math.inf), "^weight_decay must"),
     (dict(min_lr=0.1), "min_lr must be from 0 to max_lr = 0.01, not 0.1"),
-    (dict(min_lr=-0.1), "min_lr"), (dict(warmup_steps=6), "from 0 to max_steps - 1 = 5, not 6"),
-    (dict(betas=(0.9, 1.0)), "betas"), (dict(schedule="cosinus"), "schedule must be one of"),
-    (dict(optimizer="sgd"), "optimizer must be one of"), (dict(precision="half"), "precision"),
+    (dict(min_lr=-0.1), "^min_lr must"), (dict(warmup_steps=6), "from 0 to max_steps - 1 = 5, not 6"),
+    (dict(betas=(0.9, 1.0)), "^betas must"), (dict(schedule="cosinus"), "schedule must be one of"),
+    (dict(optimizer="sgd"), "optimizer must be one of"), (dict(precision="half"), "^precision must"),
 ])
 def test_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize("name, value, message", [("max_lr", "1e-3", "max_lr must be a number, not '1e-3'"),
+                                                  ("betas", 0.9, "betas must be two numbers")])
+def test_values_of_another_type_are_named(name, value, message):
+    c = config()
+    object.__setattr__(c, name, value)  # as without the type checks of the tests
+    with pytest.raises(ValueError, match=message):
+        module._refuse_values(c)
 
 
 @given(st.integers(1, 40), st.data(), st.sampled_from(["cosine", "linear", "constant", "wsd"]))
@@ -187,6 +199,8 @@ def test_evaluate_is_fixed_and_restores_the_mode():
         evaluate(model, TOKENS, 8, n_windows=-1)
     with pytest.raises(ValueError, match="max_len|place 16"):
         evaluate(model, TOKENS, 40)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        evaluate(model, TOKENS, 8, batch_size=0, n_windows=3)
     assert model.training
 
 
@@ -286,11 +300,16 @@ def test_sha256sum_agrees(tmp_path):
 def test_foreign_checkpoints_are_refused_and_nothing_is_changed(tmp_path):
     model, optimizers = trained("adamw")
     save_checkpoint(tmp_path, model, optimizers, 1)
+    with pytest.raises(ValueError, match="step must be at least 0, not -5"):
+        save_checkpoint(tmp_path, model, optimizers, -5)
+    sgd = torch.optim.SGD([{"params": group["params"]} for group in optimizers[0].param_groups], lr=1)
     for other, its, message in (
-            (gpt(d_model=16), None, "another model; .* of another shape: blocks.0"),
+            (gpt(d_model=16), None, "another model; .* of another shape or dtype: blocks.0"),
             (mlp(), None, "another model"),
             (gpt(seed=5), make_optimizers(gpt(), config(optimizer="muon")), "of other optimizers"),
-            (gpt(seed=5), AdamW(gpt().parameters()), "of other optimizers")):
+            (gpt(seed=5), AdamW(gpt().parameters()), "of other optimizers"),
+            (gpt(seed=5).double(), None, "of another shape or dtype"),
+            (gpt(seed=5), sgd, r"of other optimizers, \['AdamW'\], not \['SGD'\]")):
         before = torch.get_rng_state(), {k: v.clone() for k, v in other.state_dict().items()}
         with pytest.raises(ValueError, match=message):
             load_checkpoint(tmp_path, other, its)
@@ -339,8 +358,8 @@ def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path):
         finally:
             sys.setprofile(None)
         assert load_checkpoint(place, model, optimizers) in ((3,) if finished else (2, 3))
-        newest = checkpoints(place)[-1]
-        assert read_checkpoint(newest)[0]["step"] == int(newest.name[5:])  # what has a name is whole
+        for path in checkpoints(place):
+            assert read_checkpoint(path)[0]["step"] == int(path.name[5:])  # what has a name is whole
     assert n > 20
 
 
@@ -369,7 +388,7 @@ def test_the_loop_equals_five_lines(make, optimizer, steps):
         losses.append(loss.item())
     np.testing.assert_allclose([entry["loss"] for entry in history], losses, rtol=1e-4)
     assert [entry["step"] for entry in history if "val_loss" in entry] == [3, 6]
-    assert history[-1]["val_loss"] == evaluate(model, TOKENS, 8, n_windows=4)
+    assert history[-1]["val_loss"] == evaluate(model, TOKENS, 8, n_windows=4, batch_size=2)
     assert all(entry["tokens_per_second"] > 0 for entry in history)
 
 
@@ -423,7 +442,7 @@ def test_another_run_in_the_folder_is_refused_before_anything_changes(tmp_path):
     for changes, resume, message in (
             (dict(max_lr=0.5, batch_size=3), True,
              "changed: batch_size from 2 to 3, max_lr from 0.01 to 0.5"),
-            ({}, False, "out_dir must hold no checkpoints if resume is False; .* holds 2")):
+            ({}, False, "out_dir must hold no run if resume is False, unlike")):
         with pytest.raises(ValueError, match=message):
             train(model, TOKENS, TOKENS, config(**changes), out_dir=tmp_path, resume=resume,
                   progress=False)
@@ -481,9 +500,66 @@ def test_nan_stops_with_an_address(tmp_path, value, slope, message):
 
 def test_a_loss_that_runs_away_stops():
     c = config(max_steps=60, eval_every=100)
-    with pytest.raises(TrainingDiverged, match="the loss is 3.5, and began at 1, at step 22"):
+    with pytest.raises(TrainingDiverged, match="the loss is 3.5, and was 1, at step 22"):
         train(Explodes(5, 3.5), TOKENS, TOKENS, c, progress=False)  # mean of 20 above 3
     assert len(train(Explodes(5, 2.9), TOKENS, TOKENS, c, progress=False)) == 60
+
+
+def test_what_goes_astray_is_not_saved(tmp_path):
+    c = config(max_steps=40, eval_every=100, checkpoint_every=5, keep_last=2)
+    with pytest.raises(TrainingDiverged, match="the loss is 9, and was 1, at step 10,.*step_00000005"):
+        train(Explodes(5, 9.0), TOKENS, TOKENS, c, out_dir=tmp_path / "a", progress=False)
+    fallen = [{"loss": 5.0}, *[{"loss": 1.0, "val_loss": 1.0}] * 25, *[{"loss": 4.0}] * 19]
+    module._refuse_divergence(fallen[:-8], {"loss": 4.0}, gpt(), False)
+    with pytest.raises(FloatingPointError, match="the loss is 4, and was 1"):  # below the first one
+        module._refuse_divergence(fallen, {"loss": 4.0}, gpt(), False)
+    with pytest.raises(FloatingPointError, match="the validation loss is nan"):
+        module._refuse_divergence([], {"loss": 1.0, "val_loss": math.nan}, gpt(), False)
+    broken = gpt()
+    with torch.no_grad():
+        broken.head.weight[0, 0] = math.inf
+    module._refuse_divergence([], {"loss": 1.0}, broken, False)
+    with pytest.raises(FloatingPointError, match="a weight is not finite"):
+        module._refuse_divergence([], {"loss": 1.0}, broken, True)
+
+
+def test_other_tokens_and_other_models_are_another_run(tmp_path):
+    train(gpt(), TOKENS, TOKENS, config(), out_dir=tmp_path, progress=False)
+    other = TOKENS.copy()
+    other[-1] = (other[-1] + 1) % 11
+    for arguments, name in (((gpt(), other, TOKENS), "tokens_train"), ((gpt(), TOKENS, other), "tokens_val"),
+                            ((gpt(dropout=0.5), TOKENS, TOKENS), "model_config")):
+        with pytest.raises(ValueError, match=f"{name} must be that of the run in out_dir"):
+            train(*arguments, config(), out_dir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("schedule, fine", [("wsd", True), ("constant", True), ("cosine", False)])
+def test_a_run_may_go_on_for_longer_if_its_way_so_far_is_the_same(tmp_path, schedule, fine):
+    few, many = (config(max_steps=n, schedule=schedule, keep_last=9, eval_every=50) for n in (10, 20))
+    train(gpt(), TOKENS, TOKENS, few, out_dir=tmp_path, progress=False)
+    shutil.rmtree(tmp_path / "step_00000010")  # that of step 8 is from before wsd comes down
+    model, fresh = gpt(seed=3), gpt()
+    if not fine:
+        with pytest.raises(ValueError, match="changed: max_steps from 10 to 20"):
+            train(model, TOKENS, TOKENS, many, out_dir=tmp_path, progress=False)
+        return
+    assert len(train(model, TOKENS, TOKENS, many, out_dir=tmp_path, progress=False)) == 20
+    train(fresh, TOKENS, TOKENS, many, progress=False)
+    assert same(model.state_dict(), fresh.state_dict())
+
+
+def test_what_changes_the_last_bits_is_said(tmp_path, monkeypatch):
+    train(gpt(), TOKENS, TOKENS, config(), out_dir=tmp_path, progress=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with pytest.warns(UserWarning, match="threads was .* and is 77: the last bits may differ"):
+        train(gpt(), TOKENS, TOKENS, config(), out_dir=tmp_path, progress=False)
+
+
+def test_a_log_is_not_thrown_away(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="out_dir must hold no run if resume is False"):
+        train(gpt(), TOKENS, TOKENS, config(), out_dir=tmp_path, resume=False, progress=False)
+    assert (tmp_path / "log.jsonl").read_text()
 
 
 def test_too_few_tokens_are_refused_at_once(tmp_path):
