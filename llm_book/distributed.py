@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,9 @@ from llm_book.train import (
     TrainConfig,
     TrainingDiverged,
     _begin,
+    _describe,
     _due,
+    _last_good,
     _refuse_divergence,
     evaluate,
     make_optimizers,
@@ -264,23 +266,22 @@ def _update(model: nn.Module, optimizers: list, batches: list, config: TrainConf
 # %% ../nbs/17_distributed.ipynb #716eeb5e
 def _logged_step(model: nn.Module, optimizers: list, draw: torch.Generator, tokens: tuple,
                  config: TrainConfig, place: Place, history: list[dict]) -> dict:
-    """One update with this rank's rows of the batch that all draw; the validation loss when due."""
+    """One update with this rank's rows of the batch that all draw; the validation loss when due.
+
+    Raises: `FloatingPointError` where `_update` does.
+    """
     tokens_train, tokens_val = tokens
     step, started = len(history), time.perf_counter()
     torch.manual_seed((config.seed + step * place.world_size + place.rank) % 2**32)
     batches = [tuple(rows[place.rank::place.world_size].to(place.device) for rows in get_batch(
         tokens_train, config.batch_size, config.seq_len, "cpu", draw))
         for _ in range(config.accumulation_steps)]
-    try:
-        entry = _update(model, optimizers, batches, config, step)
-        _refuse_divergence(history, entry)
-    except FloatingPointError as error:
-        raise TrainingDiverged(f"{error}, at step {step + 1}") from None
+    entry = _update(model, optimizers, batches, config, step)
     n_tokens = config.accumulation_steps * config.batch_size * config.seq_len
     entry["tokens_per_second"] = n_tokens / (time.perf_counter() - started)
     if _due(step, config.eval_every, config):  # by all ranks: FSDP needs each for every pass
         entry["val_loss"] = evaluate(model, tokens_val, config.seq_len, precision=config.precision,
-                                     n_windows=config.eval_windows)
+                                     batch_size=config.batch_size, n_windows=config.eval_windows)
     return entry
 
 # %% ../nbs/17_distributed.ipynb #fed7c49e
@@ -302,7 +303,8 @@ def train_distributed(
     _refuse_layout(config, mode, place.world_size)
     out_dir = None if out_dir is None else Path(out_dir)
     plain, draw = make_optimizers(model, config), torch.Generator()
-    history = _begin(model, plain, draw, config, out_dir, True)
+    run = _describe(model, tokens_train, tokens_val, config)
+    history = _begin(model, plain, draw, run, out_dir, True)
     dist.barrier()
     wrapped = wrap(copy.deepcopy(model).to(place.device), mode).train()
     optimizers = _optimizers(wrapped, config)
@@ -310,16 +312,23 @@ def train_distributed(
     writes = out_dir is not None and place.rank == 0
     with open(out_dir / "log.jsonl" if writes else os.devnull, "a", buffering=1) as log:
         for step in range(len(history), config.max_steps):
-            history.append(_logged_step(wrapped, optimizers, draw, (tokens_train, tokens_val),
-                                        config, place, history))
-            log.write(json.dumps(history[-1]) + "\n")
-            if _due(step, config.checkpoint_every, config):
-                _gather(wrapped, optimizers, model, plain)
-                if writes:
-                    os.fsync(log.fileno())
-                    save_checkpoint(out_dir, model, plain, step + 1, keep_last=config.keep_last,
-                                    config=asdict(config), generator=draw.get_state().tolist())
-                dist.barrier()
+            saving = _due(step, config.checkpoint_every, config)
+            try:
+                entry = _logged_step(wrapped, optimizers, draw, (tokens_train, tokens_val), config,
+                                     place, history)
+                if saving:
+                    _gather(wrapped, optimizers, model, plain)
+                _refuse_divergence(history, entry, model, saving)  # all see all weights, and agree
+            except FloatingPointError as error:
+                raise TrainingDiverged(f"{error}, at step {step + 1}; last good checkpoint: "
+                                       f"{_last_good(out_dir)}") from None
+            history.append(entry)
+            log.write(json.dumps(entry) + "\n")
+            if saving and writes:
+                os.fsync(log.fileno())
+                save_checkpoint(out_dir, model, plain, step + 1, keep_last=config.keep_last, **run,
+                                generator=draw.get_state().tolist())
+    dist.barrier()  # the last checkpoint is there when anybody returns
     return history
 
 # %% ../nbs/17_distributed.ipynb #4c2cbe1d

@@ -242,6 +242,7 @@ import json, shutil, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
+import llm_book.distributed as module
 from llm_book.distributed import (ShardedAdamW, accumulate_ranks, ring_all_reduce, setup,
                                   train_distributed, wrap)
 from llm_book.optim import AdamW
@@ -316,6 +317,19 @@ try:
     train_distributed(gpt(), TOKENS, TOKENS, config(batch_size=5), place)
 except ValueError as error:
     found["refused"] = str(error)
+# a weight that is no number, in the part of rank 1 only: all must stop
+def update_and_spoil(model, *arguments, update=module._update):
+    entry = update(model, *arguments)
+    if place.rank == 1 and entry["step"] == 8:
+        with torch.no_grad():
+            model.blocks[0].attention.q_proj.weight.to_local()[0, 0] = torch.nan
+    return entry
+
+module._update = update_and_spoil
+try:
+    train_distributed(gpt(), TOKENS, TOKENS, config(eval_every=5), place, mode="fsdp", out_dir=folder / "nan")
+except module.TrainingDiverged as error:
+    found["nan"] = str(error)
 if place.rank == 0:
     (folder / "found.json").write_text(json.dumps(found))
 dist.destroy_process_group()
@@ -393,6 +407,12 @@ def test_first_weights_are_those_of_rank_0(one, two):
 def test_dropout_is_repeatable_and_unequal_rows_are_refused(one, two):
     assert two["dropout"] == two["dropout_again"] != losses(log_of(one / "one"))
     assert "divisible by the number of processes, 2, not 5" in two["refused"]
+
+
+def test_a_weight_that_is_no_number_on_one_rank_stops_all(one, two):
+    assert "is nan, at step 8" in two["nan"] or "a weight is not finite, at step 8" in two["nan"]
+    assert "step_00000004" in two["nan"]
+    assert [path.name for path in checkpoints(one / "nan")] == ["step_00000004"]
 
 
 # ---- the launch files, and a worker that is killed
