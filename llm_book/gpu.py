@@ -194,7 +194,7 @@ def saved_for_backward(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found
 
-# %% ../nbs/16_gpu.ipynb #0d721560
+# %% ../nbs/16_gpu.ipynb #03ca50e5
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the profiler's C++ writes to the terminal."""
@@ -213,7 +213,10 @@ def peak_bytes(
     device: torch.device,  # CUDA or CPU
     resident: int = 0,  # bytes held before the call; CUDA's counter knows them
 ) -> int:
-    """The most memory that is in use at any moment of a call."""
+    """The most memory that is in use at any moment of a call.
+
+    On a CPU, what was taken before the call and is given back during it counts to the end.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         fn()
@@ -247,7 +250,7 @@ RUNGS = (  # what each one changes; all others stay
 START = {"tf32": False, "precision": "float32", "fused_optimizer": False, "fused_attention": False,
          "compiled": False, "whole_batch": False, "checkpointing": False, "weights": torch.float32}
 
-# %% ../nbs/16_gpu.ipynb #e5c459af
+
 def unavailable(
     change: dict,  # of one rung
     device: torch.device,
@@ -344,7 +347,8 @@ def _climb(config: GPTConfig, tokens_train, tokens_val, plan: TrainConfig, devic
     with _switches(settings):
         *updates, last = _updates(model, tokens_train, plan, settings)
         seconds = [seconds_per_call(update, device, 1, 0)[0] for update in updates]
-        resident = 4 * sum(p.nbytes for p in model.parameters())  # with gradients and optimizer
+        model.zero_grad(set_to_none=True)
+        resident = 3 * sum(p.nbytes for p in model.parameters())  # with AdamW's two means
         peak = None if twin or device.type == "mps" else peak_bytes(last, device, resident)
         if peak is None:
             last()
