@@ -188,8 +188,10 @@ def test_ledger_records_are_complete():
             missing = {"value", "unit", "values", "sd", "seeds", "command", "hardware", "versions",
                        "commit", "date"} - entry.keys()
             assert not missing, f"{path.stem}/{key} lacks {missing}"
-            script = entry["command"].split()[1]
-            assert entry["command"].startswith("python ") and (ROOT / script).is_file()
+            python, script, *words = entry["command"].split()
+            if script == "-m":
+                script = words[0].replace(".", "/") + ".py"
+            assert python == "python" and (ROOT / script).is_file()
             assert entry["commit"], f"{path.stem}/{key} was measured outside a checkout"
             assert str(ROOT) not in json.dumps(entry)
 
