@@ -1,7 +1,7 @@
 """The rung of chapter 15: chapter 14's yardstick, by the recipe of shakespeare.py, on two threads.
 
-As many parameters and seconds as chapter 14's GPT has, at most. Nothing was tuned on this corpus:
-the recipe comes from Shakespeare, and the number of steps from the clock.
+No more parameters and seconds than chapter 14's GPT has. Nothing was tuned on this corpus: the
+recipe comes from Shakespeare, and the number of steps from the clock.
 
     python benchmarks/train.py
 """
