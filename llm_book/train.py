@@ -516,7 +516,7 @@ def _refuse_another_run(now: dict, then: dict) -> None:
 
 
 def _read_log(out_dir: Path, step: int) -> list[dict]:
-    """The entries up to `step`; later ones are cut off. Raises: `ValueError` if some are missing."""
+    """The entries up to `step`; later ones are cut off. Raises: `ValueError` if some lack."""
     path = out_dir / "log.jsonl"
     out_dir.mkdir(parents=True, exist_ok=True)
     path.touch()
