@@ -50,7 +50,7 @@ def ring_moves(
     rank: int,
     world_size: int,  # p
 ) -> list[tuple[int, int, bool]]:
-    """For each step: the chunk to send right, the one that comes from the left, whether to add it."""
+    """For each step: the chunk to send right, the one from the left, and whether to add it."""
     reduce = [(-step, -step - 1, True) for step in range(world_size - 1)]
     gather = [(1 - step, -step, False) for step in range(world_size - 1)]
     return [((rank + send) % world_size, (rank + receive) % world_size, add)

@@ -196,8 +196,9 @@ def _checked(n_params, n_tokens, losses, delta: float) -> np.ndarray:
     _refuse_unless_positive(n_params=n_params, n_tokens=n_tokens, losses=losses, delta=delta)
     runs = np.array([n_params, n_tokens, losses], float)
     if min(map(len, map(np.unique, runs[:2]))) < 3 or runs.shape[1] < 6:
-        raise ValueError("runs must be at least 6, of at least 3 sizes and 3 lengths, not "
-                         f"{runs.shape[1]}, {len(np.unique(runs[0]))} and {len(np.unique(runs[1]))}")
+        raise ValueError("runs must be at least 6, of at least 3 sizes and 3 lengths, "
+                         f"not {runs.shape[1]}, {len(np.unique(runs[0]))} and "
+                         f"{len(np.unique(runs[1]))}")
     return np.log(runs)
 
 
