@@ -33,6 +33,7 @@ from llm_book.gpu import (
     SIZES,
     START,
     _climb,
+    _Compiled,
     ladder_table,
     matmul_peak,
     memory_bandwidth,
@@ -55,8 +56,7 @@ SMALL = dict(vocab_size=256, max_len=128, n_layers=4, d_model=128, n_heads=4)
 
 # Shakespeare by characters. The recipe is nanoGPT's train_shakespeare_char; the shape is the same.
 SHAPE = dict(max_len=256, n_layers=6, d_model=384, n_heads=6, dropout=0.2, bias="none")
-MODERN = dict(positions="rotary", qk_norm=True, feed_forward="swiglu")  # layer norm: under autocast
-# torch has no fused RMS norm for a float32 weight
+MODERN = dict(positions="rotary", qk_norm=True, feed_forward="swiglu")  # and layer norm, as there
 RECIPE = TrainConfig(5_000, batch_size=64, seq_len=256, max_lr=1e-3, min_lr=1e-4, warmup_steps=100,
                      betas=(0.9, 0.99), eval_every=250, eval_windows=0, checkpoint_every=5_000)
 FAST = replace(RECIPE, max_steps=600, batch_size=128, optimizer="muon", muon_lr=0.02, max_lr=3e-3,
@@ -229,9 +229,7 @@ class Bench:
         fused = name != "plain torch"
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1,
                                       **({"fused": True} if fused else {}))
-        called = model
-        if "compiled" in name:
-            called = LossOnly(model)
+        called = _Compiled(model) if "compiled" in name else model
 
         def step() -> float:
             optimizer.zero_grad(set_to_none=True)
@@ -303,7 +301,7 @@ class Bench:
         called, started = model, time.perf_counter()
         if self.compiles():
             torch.compiler.reset()
-            called = LossOnly(model)
+            called = _Compiled(model)
             self.rehearse(called, tokens, plan)
         compiled = time.perf_counter() - started
         started = time.perf_counter()
@@ -348,21 +346,6 @@ class Bench:
                        shape=asdict(plain.config), plan=asdict(BEST), runs=runs,
                        rule=f"as the GPT's, from {window // 2 + 1} to {window} bytes before")
         show("rung", entry)
-
-
-class LossOnly(nn.Module):
-    """A model that trains as one compiled function, for one shape of batch; it is evaluated as it is."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.loss = torch.compile(lambda ids, targets: model(ids, targets)[1])
-
-    def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> tuple:
-        return None, (self.loss if torch.is_grad_enabled() else self.plain)(ids, targets)
-
-    def plain(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.model(ids, targets)[1]
 
 
 class Wrapped(nn.Module):

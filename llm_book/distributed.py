@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .data import get_batch
 from .gpt import GPT, GPTConfig
-from .optim import AdamW, clip_grad_norm
+from .optim import AdamW
 from .text import load_corpus, split_text
 from .tokens import ByteTokenizer
 from llm_book.train import (
@@ -40,6 +40,7 @@ from llm_book.train import (
     _due,
     _last_good,
     _refuse_divergence,
+    _update,
     evaluate,
     make_optimizers,
     save_checkpoint,
@@ -244,26 +245,6 @@ def _scatter(its_optimizers: list, optimizers: list) -> None:
         one.load_state_dict({**state, "state": arrays})
 
 # %% ../nbs/17_distributed.ipynb #14cda351
-def _update(model: nn.Module, optimizers: list, batches: list, config: TrainConfig,
-            step: int) -> dict:
-    """One step; what there is to log about it. Raises: `FloatingPointError`, nothing changed."""
-    share = config.lr_share(step)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = share * group["max_lr"]
-    model.zero_grad(set_to_none=True)
-    loss = accumulate_ranks(model, batches, config.precision)
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss}")
-    try:
-        norm = clip_grad_norm(model.parameters(), config.max_norm).item()
-    except ValueError as error:
-        raise FloatingPointError(str(error)) from None
-    for optimizer in optimizers:
-        optimizer.step()
-    return {"step": step + 1, "loss": loss, "lr": share * config.max_lr, "gradient_norm": norm}
-
-# %% ../nbs/17_distributed.ipynb #716eeb5e
 def _logged_step(model: nn.Module, optimizers: list, draw: torch.Generator, tokens: tuple,
                  config: TrainConfig, place: Place, history: list[dict]) -> dict:
     """One update with this rank's rows of the batch that all draw; the validation loss when due.
@@ -276,7 +257,7 @@ def _logged_step(model: nn.Module, optimizers: list, draw: torch.Generator, toke
     batches = [tuple(rows[place.rank::place.world_size].to(place.device) for rows in get_batch(
         tokens_train, config.batch_size, config.seq_len, "cpu", draw))
         for _ in range(config.accumulation_steps)]
-    entry = _update(model, optimizers, batches, config, step)
+    entry = _update(model, optimizers, batches, config, step, accumulate_ranks)
     n_tokens = config.accumulation_steps * config.batch_size * config.seq_len
     entry["tokens_per_second"] = n_tokens / (time.perf_counter() - started)
     if _due(step, config.eval_every, config):  # by all ranks: FSDP needs each for every pass

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -28,9 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from .data import get_batch
 from .gpt import GPT, GPTConfig
 from .lab import best_device, record
-from .optim import clip_grad_norm
 from .text import load_corpus, split_text
-from .train import TrainConfig, accumulate, evaluate, make_optimizers
+from .train import TrainConfig, _update, evaluate, make_optimizers
 
 # %% ../nbs/16_gpu.ipynb #abe3c76a
 def roofline(
@@ -274,13 +274,16 @@ def unavailable(
 
 # %% ../nbs/16_gpu.ipynb #94c73d19
 class _Compiled(nn.Module):
-    """A model as one compiled function that returns no logits."""
+    """A model that trains as one compiled function without logits, and is evaluated as it is."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        self.model = model
         self.loss = torch.compile(lambda ids, targets: model(ids, targets)[1])
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[None, Tensor]:
+        if not torch.is_grad_enabled():  # other shapes of batch, which would be compiled anew
+            return None, self.model(ids, targets)[1]
         return None, self.loss(ids, targets)
 
 
@@ -311,19 +314,14 @@ def _updates(model: GPT, tokens, plan: TrainConfig, settings: dict) -> Iterator[
     optimizers = _fused(optimizers, plan) if settings["fused_optimizer"] else optimizers
     called = _Compiled(model) if settings["compiled"] else model
     generator = torch.Generator().manual_seed(plan.seed)
+    plan = replace(plan, precision=settings["precision"])
 
     def update(step: int) -> None:
         batches = [get_batch(tokens, plan.batch_size, plan.seq_len, device, generator)
                    for _ in range(plan.accumulation_steps)]
         if settings["whole_batch"]:
             batches = [tuple(torch.cat(part) for part in zip(*batches))]
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = plan.lr_share(step) * group["max_lr"]
-        model.zero_grad(set_to_none=True)
-        accumulate(called, batches, settings["precision"])
-        clip_grad_norm(model.parameters(), plan.max_norm)
-        for optimizer in optimizers:
-            optimizer.step()
+        _update(called, optimizers, batches, plan, step)
 
     model.train()
     return (partial(update, step) for step in range(plan.max_steps))

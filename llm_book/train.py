@@ -223,8 +223,8 @@ class TrainingDiverged(RuntimeError):
     """The loss is no number any more, or much worse than at the beginning."""
 
 
-def _update(model: nn.Module, optimizers: list, batches: list, config: TrainConfig,
-            step: int) -> dict:
+def _update(model: nn.Module, optimizers: list, batches: list, config: TrainConfig, step: int,
+            accumulate: Callable = accumulate) -> dict:
     """One step; what there is to log about it. Raises: `FloatingPointError`, nothing changed."""
     share = config.lr_share(step)
     for optimizer in optimizers:
@@ -516,7 +516,7 @@ def _refuse_another_run(now: dict, then: dict) -> None:
 
 
 def _read_log(out_dir: Path, step: int) -> list[dict]:
-    """The entries up to `step`; later ones are cut off. Raises: `ValueError` if some lack."""
+    """Entries up to `step`; later ones are cut off. Raises: `ValueError` if some are missing."""
     path = out_dir / "log.jsonl"
     out_dir.mkdir(parents=True, exist_ok=True)
     path.touch()
