@@ -78,7 +78,9 @@ def visit(browser, address):
                 or complaints.append(request.url))
         page.on("response", lambda response: response.ok or response.status == 304
                 or complaints.append(f"{response.status} {response.url}"))
-        page.goto(f"{address}/{name}", wait_until="networkidle")
+        page.goto(f"{address}/{name}", wait_until="load")  # a slow machine is idle before that
+        page.wait_for_load_state("networkidle")
+        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         opened.append(context)
         return page
 
