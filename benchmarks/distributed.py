@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from llm_book.distributed import (
-    ShardedAdamW,
     accumulate_ranks,
     fit_alpha_beta,
     ring_all_reduce,
@@ -83,9 +82,9 @@ def rivals(place) -> dict[str, Callable]:
         return step
 
     steps = {}
-    for mode, kind in (("ddp", AdamW), ("fsdp", ShardedAdamW)):
+    for mode in ("ddp", "fsdp"):
         model = wrap(copy.deepcopy(plain), mode)
-        steps[mode] = step_of(model, kind(model.parameters(), lr=1e-3), accumulate_ranks, mine)
+        steps[mode] = step_of(model, AdamW(model.parameters(), lr=1e-3), accumulate_ranks, mine)
     alone = step_of(plain, AdamW(plain.parameters(), lr=1e-3), accumulate, whole)
     losses = [[step() for _ in range(3)] for step in (alone, *steps.values())]
     np.testing.assert_allclose(losses, losses[:1] * 3, rtol=1e-4)

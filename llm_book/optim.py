@@ -55,8 +55,14 @@ def adamw_step(
 _PIECE = 2**18  # numbers; Adam's four arrays and its temporary take 5 MB in float32
 
 
+def _here(tensor: Tensor) -> Tensor:
+    """The tensor; if several processes share it, the part that this one has, in the same memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def _pieces(lists: list[Sequence[Tensor]]) -> Iterator[list[Sequence[Tensor]]]:
     """The same tensors in portions: on a CPU rows that fit into its cache, else all at once."""
+    lists = [[_here(tensor) for tensor in tensors] for tensors in lists]
     if lists[0][0].device.type != "cpu":
         yield lists
         return
