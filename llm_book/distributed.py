@@ -34,15 +34,18 @@ from .tokens import ByteTokenizer
 from llm_book.train import (
     TrainConfig,
     TrainingDiverged,
+    _autocast,
     _begin,
     _describe,
     _due,
     _last_good,
     _refuse_divergence,
+    _refuse_short,
+    _save,
     _update,
+    checkpoints,
     evaluate,
     make_optimizers,
-    save_checkpoint,
 )
 
 # %% ../nbs/17_distributed.ipynb #ff701dce
@@ -169,7 +172,7 @@ def accumulate_ranks(
     total = torch.zeros((), device=device)
     for i, ((x, y), count) in enumerate(zip(batches, counts)):
         _exchange(model, i == len(batches) - 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with _autocast(device, precision):
             logits, loss = model(x, y)
         loss = loss * (count / n_targets) if count else logits.sum() * 0  # not nan
         (loss * dist.get_world_size()).backward()
@@ -257,10 +260,11 @@ def train_distributed(
 ) -> list[dict]:
     """`train` of chapter 15 by all ranks together; returns the same log, on every rank.
 
-    Raises: `TrainingDiverged`; `ValueError` for a layout that cannot be, or a folder with
-    another run.
+    Raises: `TrainingDiverged`; `ValueError` for a layout that cannot be, too few tokens, or a
+    folder with another run.
     """
     _refuse_layout(config, mode, place.world_size)
+    _refuse_short(tokens_train, tokens_val, config.seq_len)
     out_dir = None if out_dir is None else Path(out_dir)
     plain, draw = make_optimizers(model, config), torch.Generator()
     run = _describe(model, tokens_train, tokens_val, config)
@@ -270,6 +274,8 @@ def train_distributed(
     optimizers = make_optimizers(wrapped, config)
     _scatter(plain, optimizers)
     writes = out_dir is not None and place.rank == 0
+    if writes and not checkpoints(out_dir):
+        _save(out_dir, model, plain, 0, config, run, draw)
     with open(out_dir / "log.jsonl" if writes else os.devnull, "a", buffering=1) as log:
         for step in range(len(history), config.max_steps):
             saving = _due(step, config.checkpoint_every, config)
@@ -286,8 +292,7 @@ def train_distributed(
             log.write(json.dumps(entry) + "\n")
             if saving and writes:
                 os.fsync(log.fileno())
-                save_checkpoint(out_dir, model, plain, step + 1, keep_last=config.keep_last, **run,
-                                generator=draw.get_state().tolist())
+                _save(out_dir, model, plain, step + 1, config, run, draw)
     dist.barrier()  # the last checkpoint is there when anybody returns
     return history
 

@@ -24,9 +24,26 @@ def penalise(
     previous: Int[Tensor, "B T"],  # what has been read and said
     penalty: float,  # above 1: less of the same
 ) -> Float[Tensor, "B V"]:
-    """Logits that make each token of `previous` less likely. Source: Keskar et al., CTRL, 2019."""
+    """Logits that make each token of `previous` less likely.
+
+    Source: Keskar et al., CTRL, 2019, who divide negative ones too; the repair is `transformers`'.
+    """
     said = logits.gather(-1, previous)
     return logits.scatter(-1, previous, torch.where(said < 0, said * penalty, said / penalty))
+
+
+def _check_sampling(*, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
+    """Raises: `ValueError` for a setting that means nothing, `TypeError` for an unknown one."""
+    whole = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 1
+    for name, value, fine, allowed in (
+            ("temperature", temperature, 0 <= temperature < math.inf, "at least 0 and finite"),
+            ("top_k", top_k, top_k is None or whole, "a whole number of at least 1"),
+            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
+            ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf,
+             "above 0 and finite")):
+        if not fine:
+            raise ValueError(f"{name} must be {allowed}, not {value!r}")
 
 
 def next_distribution(
@@ -42,7 +59,13 @@ def next_distribution(
     """What the next token is drawn from: penalty, temperature, top-k, top-p, min-p, in this order.
 
     Source: Fan et al., 2018 (top-k); Holtzman et al., 2019 (top-p); Nguyen et al., 2024 (min-p).
+
+    Raises: `ValueError` for a setting that means nothing, or a penalty without `previous`.
     """
+    _check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                    repetition_penalty=repetition_penalty)
+    if repetition_penalty != 1 and previous is None:
+        raise ValueError("previous must be given with a repetition_penalty, not None")
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if repetition_penalty != 1:
         logits = penalise(logits, previous, repetition_penalty)
@@ -61,25 +84,19 @@ def next_distribution(
     return logits.softmax(-1)
 
 # %% ../nbs/19_generate.ipynb #54c619d5
-def _check_sampling(*, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
-    """Raises: `ValueError` for a setting that means nothing, `TypeError` for an unknown one."""
-    whole = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 1
-    for name, value, fine, allowed in (
-            ("temperature", temperature, 0 <= temperature < math.inf, "at least 0 and finite"),
-            ("top_k", top_k, top_k is None or whole, "a whole number of at least 1"),
-            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
-            ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf,
-             "above 0 and finite")):
-        if not fine:
-            raise ValueError(f"{name} must be {allowed}, not {value!r}")
-
-
 def _refuse_training(model) -> None:
     """Raises: `ValueError` for a model that would forget at random."""
     if model.training and model.config.dropout > 0:
         raise ValueError("model must be in evaluation mode, since it has dropout; "
                          "call model.eval()")
+
+
+def _stop_ids(eos_id: int | Sequence[int] | None, ids: Tensor, vocab_size: int) -> Tensor:
+    """What ends a text, as a tensor like `ids`. Raises: `ValueError` for what is no token."""
+    stop = torch.as_tensor([] if eos_id is None else eos_id).flatten().tolist()
+    if not all(isinstance(token, int) and 0 <= token < vocab_size for token in stop):
+        raise ValueError(f"eos_id must be tokens from 0 to {vocab_size - 1}, not {eos_id!r}")
+    return torch.tensor(stop, dtype=ids.dtype, device=ids.device)
 
 
 def _check_request(model, ids: Tensor, max_new_tokens: int) -> None:
@@ -141,10 +158,9 @@ def stream(
     """
     _check_request(model, ids, max_new_tokens)
     _check_sampling(**sampling)
-    stop = torch.tensor([] if eos_id is None else eos_id, dtype=ids.dtype, device=ids.device)
+    stop = _stop_ids(eos_id, ids, model.config.vocab_size)
     ids = ids if n_padding is None else _refilled(ids, n_padding)
-    return _steps(model, ids, max_new_tokens, n_padding, stop.flatten(), generator, use_cache,
-                  sampling)
+    return _steps(model, ids, max_new_tokens, n_padding, stop, generator, use_cache, sampling)
 
 
 def generate(
@@ -240,9 +256,9 @@ def stream_text(
     """
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop must be a list of strings that are not empty, not {stop!r}")
-    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long)
+    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=model.device)
     tokens = stream(model, ids, max_new_tokens, eos_id=eos_id, **settings)
-    eos = set(torch.tensor([] if eos_id is None else eos_id).flatten().tolist())
+    eos = set(_stop_ids(eos_id, ids, model.config.vocab_size).tolist())
     return _until(_pieces(tokens, tokenizer, eos), stop)
 
 # %% ../nbs/19_generate.ipynb #fe81a4b0
@@ -273,7 +289,7 @@ def beam_search(
     n_beams: int,
     *,
     length_penalty: float = 1.0,  # 0: the sum of log-probabilities, 1: their mean
-    eos_id: int | None = None,  # ends a text, and counts in its score
+    eos_id: int | Sequence[int] | None = None,  # ends a text, and counts in its score
 ) -> list[tuple[Tensor, float]]:
     """At most `n_beams` texts, prompt included, with their scores, the best first.
 
@@ -283,13 +299,14 @@ def beam_search(
     if len(ids) > 1 or n_beams < 1 or not math.isfinite(length_penalty):
         raise ValueError("ids must be one row, n_beams at least 1 and length_penalty finite, not "
                          f"{len(ids)} rows, {n_beams} and {length_penalty}")
+    stop = _stop_ids(eos_id, ids, model.config.vocab_size)
     cache, ended = model.new_cache(1, ids.shape[1] + max_new_tokens), []
     scores, piece = torch.zeros(1, device=ids.device), ids
     for n in range(1, max_new_tokens + 1):
         logits = model(piece, cache=cache)[0][:, -1]
         scores, rows, tokens = _extend(scores, logits, 2 * n_beams)  # half of them may end
         texts, last = torch.cat([ids[rows], tokens[:, None]], dim=1), n == max_new_tokens
-        ends = tokens == (-1 if eos_id is None else eos_id)
+        ends = torch.isin(tokens, stop)
         ended += [(texts[i], scores[i].item() / n**length_penalty)
                   for i in range(min(n_beams, len(texts))) if last or ends[i]]
         ended = sorted(ended, key=lambda text: -text[1])[:n_beams]
@@ -347,7 +364,7 @@ def speculative_generate(
     max_new_tokens: int,
     *,
     n_draft: int = 4,  # guesses for each pass of the large model
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,  # the text ends with one of these
     generator: torch.Generator | None = None,
     **sampling,  # as for `next_distribution`, for both models
 ) -> Int[Tensor, "B N"]:
@@ -359,6 +376,7 @@ def speculative_generate(
         raise ValueError("ids must be one row, n_draft at least 1 and both vocabularies equal, not "
                          f"{len(ids)} rows, {n_draft}, {draft.config.vocab_size} and "
                          f"{model.config.vocab_size}")
+    stop = _stop_ids(eos_id, ids, model.config.vocab_size)
     end, start = ids.shape[1] + max_new_tokens, ids.shape[1]
     caches = model.new_cache(1, end), draft.new_cache(1, end)
     while (T := ids.shape[1]) < end:
@@ -367,7 +385,7 @@ def speculative_generate(
         ids = _judge(guessed, logits, q, T, generator, sampling)
         for part in (*caches[0], *caches[1]):  # forget the guesses that went
             part.length = min(part.length, ids.shape[1] - 1)
-        if eos_id is not None and (new := ids[0, start:] == eos_id).any():
+        if (new := torch.isin(ids[0, start:], stop)).any():
             return ids[:, :start + new.int().argmax() + 1]
     return ids
 
@@ -442,7 +460,7 @@ class Decoder:
     ):
         """Raises: `ValueError` for a model in training mode with dropout."""
         _refuse_training(model)
-        self.model, self.config, self.training = model, model.config, False
+        self.model, self.config, self.device = model, model.config, model.device
         self.new_cache, self.embedding = model.new_cache, model.embedding.weight.detach()
         learned = model.positions is not None
         self.positions = model.positions.weight.detach() if learned else None
@@ -451,6 +469,9 @@ class Decoder:
                         _norm(block.feed_forward_norm), _feed_forward(block.feed_forward, dtype))
                        for block in model.blocks]
         self.norm, self.head = _norm(model.norm), _linear(dtype, model.head)
+
+    @property
+    def training(self) -> bool: return self.model.training  # which reads the prompts
 
     def __call__(self, ids: Tensor, cache: list | None = None, n_padding: Tensor | None = None):
         """Logits, (B, T, V), and None, as the model gives them."""

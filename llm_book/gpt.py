@@ -32,7 +32,11 @@ CHOICES = {"positions": ("learned", "rotary"), "norm": ("layer", "rms"),
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. The defaults are GPT-2's parts; options left at None are filled in."""
+    """The shape of a GPT. The defaults are GPT-2's parts; options left at None are filled in.
+
+    `dataclasses.replace` keeps what was filled in: with another width or number of heads, set
+    `n_kv_heads`, `head_dim` and `d_ff` to None again.
+    """
 
     vocab_size: int  # V
     max_len: int  # the longest sequence that it can read
@@ -163,6 +167,9 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
         _initialise(self, config.n_layers)
 
+    @property
+    def device(self) -> torch.device: return self.embedding.weight.device
+
     def new_cache(
         self,
         batch_size: int,  # B
@@ -183,13 +190,14 @@ class GPT(nn.Module):
     ) -> tuple[Float[Tensor, "B T V"], Float[Tensor, ""] | None]:
         """Logits of the next token at each place, and the mean loss in nats if there are targets.
 
-        Raises: `ValueError` for more places than `max_len`, ids outside the vocabulary (looked at
-        on the CPU only), targets of another shape.
+        Raises: `ValueError` for more places than `max_len`, ids outside the vocabulary or
+        `n_padding` out of range (looked at on the CPU only), targets or `n_padding` of another
+        shape, the cache of another model or of a pass that broke off.
         """
         if targets is not None and targets.shape != ids.shape:
             raise ValueError(f"targets must have the shape of ids, {tuple(ids.shape)}, "
                              f"not {tuple(targets.shape)}")
-        start = cache[0].length if cache else 0
+        start = 0 if cache is None else _length(cache, len(self.blocks))
         x = self._embed(ids, start, n_padding)
         mask = None if n_padding is None else padding_mask(n_padding, start, ids.shape[1])
         for block, part in zip(self.blocks, cache or [None] * len(self.blocks)):
@@ -200,6 +208,8 @@ class GPT(nn.Module):
     def _embed(self, ids: Tensor, start: int, n_padding: Tensor | None = None) -> Tensor:
         """Vectors of the tokens and, where they are learned, of the places from `start` on."""
         _refuse_ids(ids, start + ids.shape[1], self.config)
+        if n_padding is not None:
+            _refuse_padding(n_padding, len(ids), self.config.max_len)
         x = self.embedding(ids)
         if self.positions is not None:  # rotary ones need no shift: scores depend on differences
             places = torch.arange(start, start + ids.shape[1], device=ids.device)
@@ -213,7 +223,13 @@ class GPT(nn.Module):
         self,
         ids: Int[Tensor, "B T"],
     ) -> Float[Tensor, "L B H T T"]:
-        """How much each place takes from each other one: in every layer, in every head."""
+        """How much each place takes from each other one: in every layer, in every head.
+
+        Raises: `ValueError` in training mode with dropout, when no two calls would agree.
+        """
+        if self.training and self.config.dropout:
+            raise ValueError("model must be in evaluation mode, call model.eval(); "
+                             f"its dropout is {self.config.dropout}")
         x, weights = self._embed(ids, 0), []
         for block in self.blocks:
             weights.append(block.attention(block.attention_norm(x), causal=True,
@@ -231,8 +247,8 @@ class GPT(nn.Module):
 
         GPT-2, Llama, Qwen 2 and Qwen 3, and what `save_pretrained` writes.
 
-        Raises: `FileNotFoundError` for a missing file; `ValueError` for an unknown family or
-        option, for pickled weights, and for missing, extra or misshapen weights, by their names.
+        Raises: `FileNotFoundError` for a missing file; `ValueError` for an unknown family, for an
+        option that is known to change the arithmetic to another, for pickled weights, and for missing, extra or misshapen weights, by their names.
         """
         folder = Path(folder)
         options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -247,14 +263,15 @@ class GPT(nn.Module):
     ) -> None:
         """Write config.json and safetensors that `from_pretrained` and transformers can read.
 
-        A shape that none of transformers' families has is saved under the model type "llm_book".
+        Another model in the folder is replaced only when all of this one is written. A shape that
+        none of transformers' families has is saved under the model type "llm_book".
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         options = config_to_hf(self.config)
         options["dtype"] = str(self.embedding.weight.dtype).removeprefix("torch.")
-        _write_weights(folder, weights_to_hf(self, options["model_type"]), max_shard_bytes)
-        _write(folder / "config.json", json.dumps(options, indent=2) + "\n")
+        files = _weight_files(weights_to_hf(self, options["model_type"]), max_shard_bytes)
+        _write(folder, {**files, "config.json": json.dumps(options, indent=2) + "\n"})
 
 # %% ../nbs/14_gpt.ipynb #838e6ab4
 def _loss(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
@@ -275,6 +292,22 @@ def padding_mask(
     """
     key = torch.arange(start + T, device=n_padding.device)
     return ((key >= n_padding[:, None, None]) | (key == key[start:, None]))[:, None]
+
+
+def _length(cache: list[KVCache], n_layers: int) -> int:
+    """Places that a cache holds. Raises: `ValueError` unless each layer has a part, all alike."""
+    lengths = [part.length for part in cache]
+    if len(lengths) != n_layers or len(set(lengths)) > 1:
+        raise ValueError(f"cache must have {n_layers} parts of one length, not {lengths}")
+    return lengths[0]
+
+
+def _refuse_padding(n_padding: Tensor, B: int, max_len: int) -> None:
+    inside = n_padding.shape == (B,) and (n_padding.device.type != "cpu" or B == 0 or (
+        n_padding.min() >= 0 and n_padding.max() < max_len))
+    if not inside:
+        raise ValueError(f"n_padding must be {B} numbers from 0 to {max_len - 1}, "
+                         f"not {n_padding.tolist()}")
 
 
 def _refuse_ids(ids: Tensor, end: int, config: GPTConfig) -> None:
@@ -322,8 +355,9 @@ def config_from_hf(
     """Our configuration for theirs. Raises: `ValueError` for what our GPT cannot be."""
     family = options.get("model_type")
     if family == "llm_book":
-        known = {field.name for field in fields(GPTConfig)}
-        return GPTConfig(**{name: value for name, value in options.items() if name in known})
+        return _complete({name: value for name, value in options.items()
+                          if name not in ("model_type", "dtype")},
+                         {field.name: field.name for field in fields(GPTConfig)})
     if family not in _FAMILIES:
         raise ValueError(f"model_type must be one of {sorted(_FAMILIES)}, not {family!r}")
     rope = options.get("rope_parameters") or {}  # since version 5 of transformers
@@ -338,7 +372,22 @@ def config_from_hf(
     found = {ours: options[theirs] for ours, theirs in names.items()
              if options.get(theirs) is not None}
     theta = rope.get("rope_theta", options.get("rope_theta", 10_000.0))
-    return GPTConfig(**{**parts, **_DEFAULTS[family], **found, "rope_theta": float(theta)})
+    found = {**parts, **_DEFAULTS[family], **found, "rope_theta": float(theta)}
+    return _complete(found, {**{name: name for name in found}, **names})
+
+
+def _complete(
+    found: dict,  # values of our fields
+    names: dict[str, str],  # of the fields there are: what config.json calls them
+) -> GPTConfig:
+    """Raises: `ValueError` for fields that are missing or unknown, by their names there."""
+    missing = [names[name] for name in ("vocab_size", "max_len", "n_layers", "d_model", "n_heads")
+               if name not in found]
+    unknown = sorted(found.keys() - names.keys())
+    if problems := [f"{what} {', '.join(keys)}" for what, keys in
+                    (("must have", missing), ("must not have", unknown)) if keys]:
+        raise ValueError(f"config.json {' and '.join(problems)}")
+    return GPTConfig(**found)
 
 
 def config_to_hf(
@@ -468,19 +517,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 # %% ../nbs/14_gpt.ipynb #5e65d2a6
-def _write(path: Path, content) -> None:
-    """Text, or weights, into a file that appears when it is complete."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        if isinstance(content, str):
-            draft.write_text(content, encoding="utf-8")
-        else:
-            save_file(content, draft, metadata={"format": "pt"})
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def _shards(weights: dict[str, Tensor], max_bytes: int) -> dict[str, dict[str, Tensor]]:
     """Weights for each file, in order; a weight that is too large has a file of its own."""
     shards, size = [{}], 0
@@ -496,19 +532,35 @@ def _shards(weights: dict[str, Tensor], max_bytes: int) -> dict[str, dict[str, T
             for i, shard in enumerate(shards, 1)}
 
 
-def _write_weights(folder: Path, weights: dict[str, Tensor], max_shard_bytes: int) -> None:
-    """One file, or shards with an index that says where each weight is; older ones are removed."""
-    shards, index = _shards(weights, max_shard_bytes), folder / "model.safetensors.index.json"
-    for name, shard in shards.items():
-        _write(folder / name, shard)
-    if len(shards) > 1:
-        where = {weight: name for name, shard in shards.items() for weight in shard}
-        total = sum(weight.nbytes for weight in weights.values())
-        content = {"metadata": {"total_size": total}, "weight_map": where}
-        _write(index, json.dumps(content, indent=2))
-    else:
-        index.unlink(missing_ok=True)
-    ours = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-    for old in folder.glob("model*.safetensors"):
-        if old.name not in shards and ours.fullmatch(old.name):
-            old.unlink()
+def _weight_files(weights: dict[str, Tensor], max_shard_bytes: int) -> dict:
+    """One file, or shards with an index that says where each weight is; contents by name."""
+    shards = _shards(weights, max_shard_bytes)
+    if len(shards) == 1:
+        return shards
+    index = {"metadata": {"total_size": sum(weight.nbytes for weight in weights.values())},
+             "weight_map": {weight: name for name, shard in shards.items() for weight in shard}}
+    return {**shards, "model.safetensors.index.json": json.dumps(index, indent=2)}
+
+
+def _write(folder: Path, files: dict) -> None:
+    """Files in place of a model's older ones. All are written before the first takes its name.
+
+    config.json goes first and comes last: without it, a folder of two models' files loads as none.
+    """
+    drafts = {name: folder / f"{name}.{os.getpid()}.tmp" for name in files}
+    ours = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    try:
+        for name, draft in drafts.items():
+            if isinstance(files[name], str):
+                draft.write_text(files[name], encoding="utf-8")
+            else:
+                save_file(files[name], draft, metadata={"format": "pt"})
+        (folder / "config.json").unlink(missing_ok=True)
+        for old in folder.glob("model*.safetensors*"):
+            if ours.fullmatch(old.name):
+                old.unlink()
+        for name, draft in drafts.items():
+            draft.replace(folder / name)
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)

@@ -331,9 +331,9 @@ def _model(config: GPTConfig, plan: TrainConfig, device, weights: torch.dtype, t
     """The same weights for each rung; a twin's are off by what bfloat16 cannot tell apart."""
     torch.manual_seed(plan.seed)
     model, generator = GPT(config), torch.Generator().manual_seed(twin)
-    with torch.no_grad():
-        for p in model.parameters() if twin else ():
-            p *= 1 + 2**-8 * (2 * torch.rand(p.shape, generator=generator) - 1)
+    if twin:
+        for p in model.parameters():
+            p.data *= 1 + 2**-8 * (2 * torch.rand(p.shape, generator=generator) - 1)
     return model.to(device, weights)
 
 # %% ../nbs/16_gpu.ipynb #0bced05e

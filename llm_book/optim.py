@@ -102,10 +102,14 @@ def _check_options(options: dict) -> None:
     for name in ("momentum", "alpha", "betas"):
         if not all(0 <= value < 1 for value in np.atleast_1d(options.get(name, 0))):
             raise ValueError(f"{name} must be at least 0 and below 1, not {options[name]}")
+    if np.shape(options.get("betas", (0, 0))) != (2,):
+        raise ValueError(f"betas must be two numbers, not {options['betas']}")
 
 
 class _Optimizer(torch.optim.Optimizer):
     """What all have in common; `_names` and `_update` make an optimizer of it."""
+
+    _always: tuple[str, ...] = ()  # options of torch's that are on here
 
     def __init__(self, params, **options):
         super().__init__(params, options)
@@ -122,8 +126,9 @@ class _Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """As in torch, also from torch. Raises: `ValueError` for an option that is unknown here."""
         for group in state_dict["param_groups"]:
-            for name in ("amsgrad", "centered", "dampening", "maximize", "momentum"):
-                if group.get(name) and name not in self.defaults:
+            for name in ("amsgrad", "centered", "dampening", "maximize", "momentum",
+                         "decoupled_weight_decay"):
+                if group.get(name) and name not in self.defaults and name not in self._always:
                     raise ValueError(f"{name} must be off in a state for {type(self).__name__}, "
                                      f"not {group[name]}")
         super().load_state_dict(state_dict)
@@ -239,6 +244,8 @@ class Adam(_Optimizer):
 class AdamW(Adam):
     """Adam whose weights decay by themselves. Source: Loshchilov, Hutter, 2019."""
 
+    _always = ("decoupled_weight_decay",)
+
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 1e-2):
         super().__init__(params, lr, betas, eps, weight_decay)
@@ -291,6 +298,8 @@ class Muon(_Optimizer):
         if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
             raise ValueError("adjust_lr_fn must be None, 'original' or 'match_rms_adamw', "
                              f"not {group['adjust_lr_fn']!r}")
+        if group["ns_steps"] < 0:
+            raise ValueError(f"ns_steps must be at least 0, not {group['ns_steps']}")
         for i, p in enumerate(group["params"]):
             if p.ndim != 2:
                 raise ValueError(f"params must be matrices for Muon; parameter {i} has shape "

@@ -42,6 +42,13 @@ from llm_book.optim import (
 )
 
 # %% ../nbs/15_train.ipynb #cfb875d2
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass. Raises: `ValueError` for another precision."""
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision must be 'float32' or 'bfloat16', not {precision!r}")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def accumulate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],  # inputs and targets, (B, T) each
@@ -49,7 +56,7 @@ def accumulate(
 ) -> float:
     """Add the gradient of the mean loss over all targets of all batches; return that loss.
 
-    Raises: `ValueError` if no target counts, that is, if all are -100.
+    Raises: `ValueError` for another precision, or if no target counts, that is, if all are -100.
     """
     batches = list(batches)
     counts = [int((y != -100).sum()) for _, y in batches]
@@ -58,7 +65,7 @@ def accumulate(
     total = torch.tensor(0.0)
     for (x, y), count in zip(batches, counts):
         if count:  # the mean over no targets would be nan
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            with _autocast(x.device, precision):
                 loss = model(x, y)[1] * (count / sum(counts))
             loss.backward()
             total = total.to(x.device) + loss.detach()
@@ -202,7 +209,10 @@ def evaluate(
     n_windows: int = 0,  # so many, evenly spread; 0: each token but the first is a target once
     precision: str = "float32",
 ) -> float:
-    """Mean nats per token, without dropout. Raises: `ValueError` for a size out of range."""
+    """Mean nats per token, without dropout.
+
+    Raises: `ValueError` for a size out of range or another precision.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     batches = _fixed_windows(tokens, seq_len, batch_size, n_windows)
@@ -211,7 +221,7 @@ def evaluate(
     total, count = 0.0, 0
     try:
         for x, y in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            with _autocast(device, precision):
                 loss = model(x.to(device), y.to(device))[1]
             total, count = total + loss.item() * y.numel(), count + y.numel()
     finally:
@@ -220,7 +230,7 @@ def evaluate(
 
 # %% ../nbs/15_train.ipynb #d97c6edf
 class TrainingDiverged(RuntimeError):
-    """The loss is no number any more, or much worse than at the beginning."""
+    """The loss is no number any more, or much worse than it has been."""
 
 
 def _update(model: nn.Module, optimizers: list, batches: list, config: TrainConfig, step: int,
@@ -254,8 +264,10 @@ def _refuse_divergence(history: list[dict], entry: dict, model: nn.Module, savin
                 default=(history or [entry])[0]["loss"])
     if not math.isfinite(entry.get("val_loss", 0.0)):
         raise FloatingPointError(f"the validation loss is {entry['val_loss']}")
-    if (saving or len(recent) == 20) and sum(recent) / len(recent) > sound + 2:
-        raise FloatingPointError(f"the loss is {entry['loss']:.3g}, and was {sound:.3g}")
+    mean = sum(recent) / len(recent)
+    if (saving or len(recent) == 20) and mean > sound + 2:
+        raise FloatingPointError(f"the mean of the last {len(recent)} losses is {mean:.3g}, "
+                                 f"and the loss was {sound:.3g}")
     if saving and not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise FloatingPointError("a weight is not finite")
 
@@ -327,12 +339,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
-    """Take a checkpoint's name away at once, and then its files, which takes longer."""
+def _take_name(path: Path) -> None:
+    """What was a checkpoint is a draft from now on."""
     doomed = path.with_name(f"draft_{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
@@ -358,10 +369,12 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step_…` so that at every moment it is either whole or not there.
 
-    Raises: `ValueError` for a negative step.
+    Raises: `ValueError` for a negative step, or extra values under a name that is taken.
     """
     if step < 0:
         raise ValueError(f"step must be at least 0, not {step}")
+    if taken := sorted({"random", "optimizers", "param_groups"} & extra.keys()):
+        raise ValueError(f"extra values must not be named {', '.join(taken)}")
     folder, states = Path(folder), [one.state_dict() for one in _as_list(optimizer)]
     weights = {name: weight.contiguous() for name, weight in _weights(model).items()}
     files = {"model.safetensors": save(weights), "optimizer.safetensors": save(_flat(states))}
@@ -373,14 +386,14 @@ def save_checkpoint(
                                   for name, data in files.items()).encode()
     final, draft = folder / f"step_{step:08}", folder / f"draft_{os.getpid()}"
     _write_folder(draft, files)
-    if final.exists():  # one that was passed over as damaged
-        _remove(final)
+    if final.exists():  # of the same step; as a rule one that was passed over as damaged
+        _take_name(final)
     draft.rename(final)
     _sync_folder(folder)
     older = [path for path in checkpoints(folder) if int(path.name[5:]) < step]
     for path in older[:max(0, len(older) + 1 - keep_last)]:
-        _remove(path)
-    for path in folder.glob("draft_*"):  # of a run that was killed
+        _take_name(path)
+    for path in folder.glob("draft_*"):  # these, and those of a run that was killed
         shutil.rmtree(path, ignore_errors=True)
     return final
 
@@ -450,11 +463,11 @@ def _newest_usable(folder: Path, model: nn.Module, optimizers: list) -> tuple:
 
 @torch.no_grad()
 def _put_back(about: dict, weights: dict, state: dict, model: nn.Module, optimizers: list) -> None:
+    for one, saved in zip(optimizers, _nested(state, about["param_groups"])):
+        one.load_state_dict(saved)  # may refuse, so it comes first
     own = _weights(model)
     for name, weight in weights.items():
         own[name].copy_(weight)
-    for one, saved in zip(optimizers, _nested(state, about["param_groups"])):
-        one.load_state_dict(saved)
     set_random_state(about["random"])
 
 # %% ../nbs/15_train.ipynb #3a2f7158
@@ -504,9 +517,10 @@ def _refuse_another_run(now: dict, then: dict) -> None:
                              f"not {now[name]}")
     ours, theirs = now["config"], then["config"]
     changed = [name for name in ours if ours[name] != theirs.get(name) and name not in _FREE]
-    shares = [[TrainConfig(**config).lr_share(step) for step in range(then["step"])]
-              for config in (ours, theirs)] if changed == ["max_steps"] else [0, 1]
-    if changed and shares[0] != shares[1]:  # another end is fine if the way so far is the same
+    same_way = changed == ["max_steps"] and all(  # another end is fine if the way so far is
+        TrainConfig(**ours).lr_share(step) == TrainConfig(**theirs).lr_share(step)
+        for step in range(then["step"]))
+    if changed and not same_way:
         raise ValueError("config must be that of the run in out_dir; changed: " + ", ".join(
             f"{name} from {theirs.get(name)!r} to {ours[name]!r}" for name in changed))
     for name in ("torch", "threads"):
@@ -529,6 +543,12 @@ def _read_log(out_dir: Path, step: int) -> list[dict]:
     return entries
 
 # %% ../nbs/15_train.ipynb #335be8d1
+def _save(out_dir: Path, model: nn.Module, optimizers: list, step: int, config: TrainConfig,
+          run: dict, generator: torch.Generator) -> None:
+    save_checkpoint(out_dir, model, optimizers, step, keep_last=config.keep_last, **run,
+                    generator=generator.get_state().tolist())
+
+
 def _begin(model: nn.Module, optimizers: list, generator: torch.Generator, run: dict,
            out_dir: Path | None, resume: bool) -> list[dict]:
     """Seed everything, or put back the run in `out_dir`; the log of the steps that are done."""
@@ -539,8 +559,11 @@ def _begin(model: nn.Module, optimizers: list, generator: torch.Generator, run: 
     log = out_dir / "log.jsonl"
     if not resume and (checkpoints(out_dir) or log.exists() and log.stat().st_size):
         raise ValueError(f"out_dir must hold no run if resume is False, unlike {str(out_dir)!r}")
-    if not checkpoints(out_dir):  # killed before the first one, if ever
-        return _read_log(out_dir, 0)
+    if not checkpoints(out_dir):
+        if log.exists() and log.stat().st_size:
+            raise ValueError("out_dir must hold no log without a checkpoint, "
+                             f"unlike {str(out_dir)!r}")
+        return []
     about, *tensors = _newest_usable(out_dir, model, optimizers)
     _refuse_another_run(run, about)
     history = _read_log(out_dir, about["step"])
@@ -613,8 +636,7 @@ def train(
     """Train, and return what was logged for each step.
 
     After a kill, call it again: it continues as if nothing had happened, bit for bit on the same
-    kind of CPU with as many threads. (Before the first checkpoint it begins anew: seed before you
-    make the model.)
+    kind of CPU with as many threads.
 
     Raises: `TrainingDiverged`; `ValueError` for too few tokens, or a folder with another run.
     """
@@ -623,6 +645,8 @@ def train(
     optimizers, generator = make_optimizers(model, config), torch.Generator()
     run = _describe(model, tokens_train, tokens_val, config)
     history = _begin(model, optimizers, generator, run, out_dir, resume)
+    if out_dir and not checkpoints(out_dir):  # the weights before the first step are worth keeping:
+        _save(out_dir, model, optimizers, 0, config, run, generator)  # `model` will change in place
     steps = range(len(history), config.max_steps)
     bar = progress_bar(steps, "training") if progress else steps
     model.train()
@@ -634,8 +658,7 @@ def train(
             log.write(json.dumps(entry) + "\n")
             if out_dir and _due(step, config.checkpoint_every, config):
                 os.fsync(log.fileno())  # a checkpoint never knows more than the log
-                save_checkpoint(out_dir, model, optimizers, step + 1, keep_last=config.keep_last,
-                                **run, generator=generator.get_state().tolist())
+                _save(out_dir, model, optimizers, step + 1, config, run, generator)
             if progress:
                 bar.set_postfix_str(f"loss {entry['loss']:.3f}, "
                                     f"{entry['tokens_per_second']:,.0f} tokens/s")

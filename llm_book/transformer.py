@@ -70,7 +70,7 @@ def from_torch_masks(
     if not masks:
         return None
     if all(mask.dtype == torch.bool for mask in masks):
-        return ~masks[0] & ~masks[-1]  # if there is only one, it is both
+        return ~masks[0] if len(masks) == 1 else ~(masks[0] | masks[1])
     return sum(map(_added, masks))
 
 # %% ../nbs/13_transformer.ipynb #055431fb

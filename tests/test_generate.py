@@ -432,7 +432,7 @@ def test_what_is_held_back_is_needed_and_enough(text, stop):
 class Recorded:
     """A model that says the given ids, whatever it reads."""
 
-    training = False
+    training, device = False, torch.device("cpu")
 
     def __init__(self, ids, vocab_size):
         self.ids, self.config = ids, GPTConfig(vocab_size, 10_000, 1, 2, 1)
@@ -539,3 +539,35 @@ def test_other_refusals():
     refused("stop must be a list of strings that are not empty", stream_text, model, byte, "a", 5, stop="x")
     refused("stop must be a list", stream_text, model, byte, "a", 5, stop=[""])
     refused("ids must be whole numbers", stream_text, model, byte, "", 5)
+
+
+def test_a_decoder_is_in_training_when_its_model_is():
+    model = gpt(dropout=0.5)
+    decoder = Decoder(model.eval())
+    model.train()
+    with pytest.raises(ValueError, match="evaluation mode"):
+        generate(decoder, prompt(1), 3)
+    model.eval()
+    assert generate(decoder, prompt(1), 3).shape == (1, 4) and decoder.device == model.device
+
+
+def test_several_tokens_may_end_a_text():
+    model = gpt(seed=2)
+    plain = generate(model, prompt(1), 12, temperature=0)[0]
+    first = {token: plain.tolist().index(token, 1) for token in set(plain[1:].tolist())}
+    a, b = sorted(first, key=first.get)[1:3]
+    for run in (lambda eos: generate(model, prompt(1), 12, temperature=0, eos_id=eos)[0],
+                lambda eos: speculative_generate(model, model, prompt(1), 12, temperature=0, eos_id=eos)[0],
+                lambda eos: beam_search(model, prompt(1), 12, 1, eos_id=eos)[0][0]):
+        assert run([b, a]).tolist() == plain[:first[a] + 1].tolist()
+        for wrong in (3_000, [1, -1]):
+            with pytest.raises(ValueError, match="eos_id must be tokens from 0 to 22"):
+                run(wrong)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"min_p": 2.0}, "min_p"),
+    ({"top_k": 0}, "top_k"), ({"repetition_penalty": 1.2}, "previous must be given")])
+def test_the_distribution_refuses_what_means_nothing(settings, message):
+    with pytest.raises(ValueError, match=message):
+        next_distribution(torch.tensor([[3.0, 2.0, 1.0]]), **settings)

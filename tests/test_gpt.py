@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from llm_book.gpt import GPT, PRESETS, GPTConfig, padding_mask
+from llm_book.gpt import GPT, PRESETS, GPTConfig, config_from_hf, padding_mask
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -437,3 +437,75 @@ def test_bad_calls():
         small = model.new_cache(3, max_len=4)
         with pytest.raises(ValueError, match="4 places"):
             model(ids(T=5), cache=small)
+
+
+def interrupted(monkeypatch, model, folder, n_writes: int, **options):
+    """Save, and fail when the file after `n_writes` complete ones is written."""
+    done = []
+
+    def write(weights, path, **about):
+        if len(done) == n_writes:
+            raise OSError("disk full")
+        done.append(path)
+        return save_file(weights, path, **about)
+
+    monkeypatch.setattr("llm_book.gpt.save_file", write)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(folder, **options)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("n_writes", [0, 1, 2])
+def test_a_save_that_fails_leaves_the_older_model(n_writes, tmp_path, monkeypatch):
+    older, newer = (random_model(**SHAPES["gpt2"]) for _ in range(2))
+    older.save_pretrained(tmp_path, 10_000)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    interrupted(monkeypatch, newer, tmp_path, n_writes, max_shard_bytes=10_000)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_save_that_is_killed_while_names_change_loads_as_no_model(tmp_path, monkeypatch):
+    older, newer = (random_model(**SHAPES["gpt2"]) for _ in range(2))
+    older.save_pretrained(tmp_path, 10_000)
+    renamed, replace = [], type(tmp_path).replace
+
+    def dies(self, target):
+        if len(renamed) == 2:
+            raise KeyboardInterrupt
+        renamed.append(target)
+        return replace(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        newer.save_pretrained(tmp_path, 10_000)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_other_peoples_caches_and_padding_are_refused(tmp_path):
+    model, deep = random_model(**SHAPES["gpt2"]), random_model(**{**SHAPES["gpt2"], "n_layers": 5})
+    with pytest.raises(ValueError, match="cache must have 5 parts of one length"):
+        deep(ids(), cache=model.new_cache(len(ids())))
+    cache = deep.new_cache(len(ids()))
+    cache[0].length = 1
+    with pytest.raises(ValueError, match=r"one length, not \[1, 0, 0, 0, 0\]"):
+        deep(ids(), cache=cache)
+    for wrong in ([-1] * len(ids()), [999] * len(ids())):
+        with pytest.raises(ValueError, match="n_padding must be"):
+            model(ids(), n_padding=torch.tensor(wrong))
+
+
+def test_configs_that_lack_or_invent_options():
+    with pytest.raises(ValueError, match="must have n_embd, n_head$"):
+        config_from_hf({"model_type": "gpt2", "vocab_size": 9, "n_positions": 8, "n_layer": 1})
+    with pytest.raises(ValueError, match="must have max_len and must not have sliding_window"):
+        config_from_hf({"model_type": "llm_book", "vocab_size": 9, "n_layers": 1, "d_model": 8,
+                        "n_heads": 1, "sliding_window": 8})
+
+
+def test_attention_is_not_shown_with_dropout():
+    model = GPT(GPTConfig(9, 8, 1, 8, 2, dropout=0.5))
+    with pytest.raises(ValueError, match="evaluation mode"):
+        model.attention_weights(torch.zeros(1, 4, dtype=torch.long))
+    assert model.eval().attention_weights(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 1, 2, 4, 4)

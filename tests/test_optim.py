@@ -425,3 +425,17 @@ def test_a_small_network_learns_with_each():
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < 0.1 * losses[0], kind
+
+
+def test_options_that_fit_no_optimizer():
+    p = [torch.nn.Parameter(torch.ones(2, 2))]
+    for betas in ([0.9], 0.9, [0.9, 0.9, 0.9]):
+        with pytest.raises(ValueError, match="betas must be two numbers"):
+            optim.AdamW([{"params": p, "betas": betas}])
+    with pytest.raises(ValueError, match="ns_steps must be at least 0"):
+        optim.Muon(p, ns_steps=-1)
+    state = torch.optim.AdamW(p).state_dict()
+    state["param_groups"][0]["decoupled_weight_decay"] = True
+    optim.AdamW(p).load_state_dict(state)
+    with pytest.raises(ValueError, match="decoupled_weight_decay must be off in a state for Adam"):
+        optim.Adam(p).load_state_dict(state)

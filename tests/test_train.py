@@ -500,18 +500,18 @@ def test_nan_stops_with_an_address(tmp_path, value, slope, message):
 
 def test_a_loss_that_runs_away_stops():
     c = config(max_steps=60, eval_every=100)
-    with pytest.raises(TrainingDiverged, match="the loss is 3.5, and was 1, at step 22"):
+    with pytest.raises(TrainingDiverged, match=r"the mean of the last 20 losses is \d.\d+, and the loss was 1, at step 22"):
         train(Explodes(5, 3.5), TOKENS, TOKENS, c, progress=False)  # mean of 20 above 3
     assert len(train(Explodes(5, 2.9), TOKENS, TOKENS, c, progress=False)) == 60
 
 
 def test_what_goes_astray_is_not_saved(tmp_path):
     c = config(max_steps=40, eval_every=100, checkpoint_every=5, keep_last=2)
-    with pytest.raises(TrainingDiverged, match="the loss is 9, and was 1, at step 10,.*step_00000005"):
+    with pytest.raises(TrainingDiverged, match="the last 10 losses is 5, and the loss was 1, at step 10,.*step_00000005"):
         train(Explodes(5, 9.0), TOKENS, TOKENS, c, out_dir=tmp_path / "a", progress=False)
     fallen = [{"loss": 5.0}, *[{"loss": 1.0, "val_loss": 1.0}] * 25, *[{"loss": 4.0}] * 19]
     module._refuse_divergence(fallen[:-8], {"loss": 4.0}, gpt(), False)
-    with pytest.raises(FloatingPointError, match="the loss is 4, and was 1"):  # below the first one
+    with pytest.raises(FloatingPointError, match="the last 20 losses is 4, and the loss was 1"):  # below the first one
         module._refuse_divergence(fallen, {"loss": 4.0}, gpt(), False)
     with pytest.raises(FloatingPointError, match="the validation loss is nan"):
         module._refuse_divergence([], {"loss": 1.0, "val_loss": math.nan}, gpt(), False)
@@ -674,3 +674,60 @@ def test_killed_at_random_moments_it_ends_the_same(server, tmp_path, optimizer):
         kills += here
         assert outcome(folder) == expected
         assert not list(folder.glob("draft_*"))
+
+
+def test_a_run_that_stops_before_its_first_checkpoint_begins_where_it_began(tmp_path, monkeypatch):
+    c, model, twin = config(checkpoint_every=50), gpt(), gpt()
+    expected = train(twin, TOKENS, TOKENS, c, progress=False)
+    update, count = module._update, []
+
+    def interrupted(*arguments):
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        count.append(1)
+        return update(*arguments)
+
+    monkeypatch.setattr(module, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, TOKENS, TOKENS, c, out_dir=tmp_path, progress=False)
+    monkeypatch.undo()
+    history = train(model, TOKENS, TOKENS, c, out_dir=tmp_path, progress=False)  # the same object
+    assert [entry["loss"] for entry in history] == [entry["loss"] for entry in expected]
+    assert same(twin.state_dict(), model.state_dict())
+
+
+def test_a_log_of_somebody_else_is_not_cut(tmp_path):
+    (tmp_path / "log.jsonl").write_text("notes\n")
+    with pytest.raises(ValueError, match="no log without a checkpoint"):
+        train(gpt(), TOKENS, TOKENS, config(), out_dir=tmp_path, progress=False)
+    assert (tmp_path / "log.jsonl").read_text() == "notes\n" and not checkpoints(tmp_path)
+
+
+def test_an_optimizer_that_refuses_leaves_the_weights(tmp_path):
+    saved, model = gpt(seed=1), gpt()
+    theirs = torch.optim.AdamW(saved.parameters(), amsgrad=True)
+    accumulate(saved, [(torch.ones(1, 4, dtype=torch.long),) * 2])
+    theirs.step()
+    save_checkpoint(tmp_path, saved, theirs, 1)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match="amsgrad must be off"):
+        restore(tmp_path, model, AdamW(model.parameters()))
+    assert same(before, model.state_dict())
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    save_checkpoint(tmp_path, gpt(), None, 3)
+    save_checkpoint(tmp_path, gpt(seed=1), None, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+    assert load_checkpoint(tmp_path, model := gpt()) == 3 and same(gpt(seed=1).state_dict(), model.state_dict())
+
+
+def test_names_and_precisions_that_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must not be named optimizers, random"):
+        save_checkpoint(tmp_path / "x", gpt(), None, 1, random=1, optimizers=2)
+    assert not (tmp_path / "x").exists()
+    batch = (torch.ones(1, 4, dtype=torch.long),) * 2
+    for call in (lambda: evaluate(gpt(), TOKENS, 8, precision="bf16"),
+                 lambda: accumulate(gpt(), [batch], "float16")):
+        with pytest.raises(ValueError, match="precision must be 'float32' or 'bfloat16'"):
+            call()
