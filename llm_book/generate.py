@@ -483,7 +483,7 @@ class Decoder:
         x = F.embedding(ids[:, 0], self.embedding)
         if self.positions is not None:
             x = x + self.positions[start if n_padding is None else start - n_padding]
-        for (norm_1, attend, norm_2, feed_forward), part in zip(self.layers, cache):
+        for (norm_1, attend, norm_2, feed_forward), part in zip(self.layers, cache, strict=True):
             x = x + attend(norm_1(x), part, mask, place)
             x = x + feed_forward(norm_2(x))
         return self.head(self.norm(x))[:, None], None

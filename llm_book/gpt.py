@@ -247,8 +247,9 @@ class GPT(nn.Module):
 
         GPT-2, Llama, Qwen 2 and Qwen 3, and what `save_pretrained` writes.
 
-        Raises: `FileNotFoundError` for a missing file; `ValueError` for an unknown family, for an
-        option that is known to change the arithmetic to another, for pickled weights, and for missing, extra or misshapen weights, by their names.
+        Raises: `FileNotFoundError` for a missing file; `ValueError` for an unknown family, an
+        option in `_REQUIRED` with another value, pickled weights, and missing, extra or
+        misshapen weights, by their names.
         """
         folder = Path(folder)
         options = json.loads((folder / "config.json").read_text(encoding="utf-8"))

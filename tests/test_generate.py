@@ -558,7 +558,7 @@ def test_several_tokens_may_end_a_text():
     a, b = sorted(first, key=first.get)[1:3]
     for run in (lambda eos: generate(model, prompt(1), 12, temperature=0, eos_id=eos)[0],
                 lambda eos: speculative_generate(model, model, prompt(1), 12, temperature=0, eos_id=eos)[0],
-                lambda eos: beam_search(model, prompt(1), 12, 1, eos_id=eos)[0][0]):
+                lambda eos: beam_search(model, prompt(1), 12, 1, length_penalty=0.0, eos_id=eos)[0][0]):
         assert run([b, a]).tolist() == plain[:first[a] + 1].tolist()
         for wrong in (3_000, [1, -1]):
             with pytest.raises(ValueError, match="eos_id must be tokens from 0 to 22"):
