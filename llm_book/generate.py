@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .block import FeedForward, RMSNorm
-from .gpt import GPT, padding_mask
+from .gpt import GPT, _refuse_training, padding_mask
 
 # %% ../nbs/19_generate.ipynb #1ed5d938
 def penalise(
@@ -84,13 +84,6 @@ def next_distribution(
     return logits.softmax(-1)
 
 # %% ../nbs/19_generate.ipynb #54c619d5
-def _refuse_training(model) -> None:
-    """Raises: `ValueError` for a model that would forget at random."""
-    if model.training and model.config.dropout > 0:
-        raise ValueError("model must be in evaluation mode, since it has dropout; "
-                         "call model.eval()")
-
-
 def _stop_ids(eos_id: int | Sequence[int] | None, ids: Tensor, vocab_size: int) -> Tensor:
     """What ends a text, as a tensor like `ids`. Raises: `ValueError` for what is no token."""
     stop = torch.as_tensor([] if eos_id is None else eos_id).flatten().tolist()

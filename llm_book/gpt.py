@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -227,9 +227,7 @@ class GPT(nn.Module):
 
         Raises: `ValueError` in training mode with dropout, when no two calls would agree.
         """
-        if self.training and self.config.dropout:
-            raise ValueError("model must be in evaluation mode, call model.eval(); "
-                             f"its dropout is {self.config.dropout}")
+        _refuse_training(self)
         x, weights = self._embed(ids, 0), []
         for block in self.blocks:
             weights.append(block.attention(block.attention_norm(x), causal=True,
@@ -295,6 +293,13 @@ def padding_mask(
     return ((key >= n_padding[:, None, None]) | (key == key[start:, None]))[:, None]
 
 
+def _refuse_training(model) -> None:
+    """Raises: `ValueError` for a model that would forget at random."""
+    if model.training and model.config.dropout > 0:
+        raise ValueError("model must be in evaluation mode, since it has dropout; "
+                         "call model.eval()")
+
+
 def _length(cache: list[KVCache], n_layers: int) -> int:
     """Places that a cache holds. Raises: `ValueError` unless each layer has a part, all alike."""
     lengths = [part.length for part in cache]
@@ -357,8 +362,7 @@ def config_from_hf(
     family = options.get("model_type")
     if family == "llm_book":
         return _complete({name: value for name, value in options.items()
-                          if name not in ("model_type", "dtype")},
-                         {field.name: field.name for field in fields(GPTConfig)})
+                          if name not in ("model_type", "dtype")}, {})
     if family not in _FAMILIES:
         raise ValueError(f"model_type must be one of {sorted(_FAMILIES)}, not {family!r}")
     rope = options.get("rope_parameters") or {}  # since version 5 of transformers
@@ -373,18 +377,17 @@ def config_from_hf(
     found = {ours: options[theirs] for ours, theirs in names.items()
              if options.get(theirs) is not None}
     theta = rope.get("rope_theta", options.get("rope_theta", 10_000.0))
-    found = {**parts, **_DEFAULTS[family], **found, "rope_theta": float(theta)}
-    return _complete(found, {**{name: name for name in found}, **names})
+    return _complete({**parts, **_DEFAULTS[family], **found, "rope_theta": float(theta)}, names)
 
 
 def _complete(
     found: dict,  # values of our fields
-    names: dict[str, str],  # of the fields there are: what config.json calls them
+    names: dict[str, str],  # what config.json calls them, where it differs
 ) -> GPTConfig:
     """Raises: `ValueError` for fields that are missing or unknown, by their names there."""
-    missing = [names[name] for name in ("vocab_size", "max_len", "n_layers", "d_model", "n_heads")
-               if name not in found]
-    unknown = sorted(found.keys() - names.keys())
+    missing = [names.get(field.name, field.name) for field in fields(GPTConfig)
+               if field.default is MISSING and field.name not in found]
+    unknown = sorted(found.keys() - {field.name for field in fields(GPTConfig)})
     if problems := [f"{what} {', '.join(keys)}" for what, keys in
                     (("must have", missing), ("must not have", unknown)) if keys]:
         raise ValueError(f"config.json {' and '.join(problems)}")

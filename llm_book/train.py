@@ -532,8 +532,7 @@ def _refuse_another_run(now: dict, then: dict) -> None:
 def _read_log(out_dir: Path, step: int) -> list[dict]:
     """Entries up to `step`; later ones are cut off. Raises: `ValueError` if some are missing."""
     path = out_dir / "log.jsonl"
-    out_dir.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    path.touch()  # it may have been killed before its first step
     lines = path.read_bytes().splitlines(keepends=True)[:step]
     if len(lines) < step:
         raise ValueError(f"{str(path)!r} must reach step {step}, as the checkpoint does, "
@@ -545,6 +544,7 @@ def _read_log(out_dir: Path, step: int) -> list[dict]:
 # %% ../nbs/15_train.ipynb #335be8d1
 def _save(out_dir: Path, model: nn.Module, optimizers: list, step: int, config: TrainConfig,
           run: dict, generator: torch.Generator) -> None:
+    """A checkpoint with all that `_begin` asks for."""
     save_checkpoint(out_dir, model, optimizers, step, keep_last=config.keep_last, **run,
                     generator=generator.get_state().tolist())
 
