@@ -23,6 +23,8 @@ def for_sphinx(page):
             cell.source = OPTION.sub("", cell.source)
             if options.get("echo") == "false":
                 cell.metadata["tags"] = ["remove-input"]
+            elif options.get("code-fold") == "true":
+                cell.metadata["tags"] = ["hide-input"]
             if "fig-alt" in options:
                 cell.metadata["mystnb"] = {"image": {"alt": options["fig-alt"]}}
     return page

@@ -16,6 +16,15 @@ from notebooks import INSTALL_CELL, chapters, filter_notebook, parts, settings
 BIN = Path(sys.executable).parent
 NOTEBOOKS = chapters()
 NUMBERED = [path for path in NOTEBOOKS if path.stem[0].isdigit()]
+ENGINE_ROOM = [path for path in NOTEBOOKS if re.match(r"a\d_", path.stem)]
+PAGES = NUMBERED + ENGINE_ROOM
+TITLES = {  # the word of the field that a reader looks for in the contents
+    "00": "lab", "01": "corpus", "02": "byte-pair encoding", "03": "n-gram", "04": "cross-entropy",
+    "05": "backpropagation", "06": "automatic differentiation", "07": "optimizer", "08": "batches",
+    "09": "neural language model", "10": "attention", "11": "positional encoding",
+    "12": "transformer block", "13": "encoder", "14": "gpt", "15": "training", "16": "gpu",
+    "17": "distributed", "18": "scaling law", "19": "sampling", "20": "beam search",
+    "a1": "checkpoint", "a2": "hub", "a5": "decod", "a8": "grammar"}
 STANDARD_OR_DECLARED = {"torch", "numpy", "einops", "matplotlib", "matplotlib_inline", "ipywidgets",
                         "jaxtyping", "safetensors", "regex", "tqdm"} | sys.stdlib_module_names
 
@@ -77,7 +86,18 @@ def test_notebook_form(path):
         assert len(kinds) < 2 or cell.source == install.source, f"imports stand in their own cell:\n{cell.source}"
 
 
-@each(NUMBERED)
+@each(PAGES)
+def test_title_names_the_subject_in_the_words_of_the_field(path):
+    title, word = read(path).cells[0].source.splitlines()[0], TITLES[path.stem[:2]]
+    assert word in title.lower(), f"{title!r} lacks {word!r}"
+
+
+@each(PAGES)
+def test_page_is_no_longer_than_it_may_be(path):
+    assert len(read(path).cells) <= 65
+
+
+@each(PAGES)
 def test_chapter_has_its_parts(path):
     notebook = read(path)
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
@@ -89,7 +109,9 @@ def test_chapter_has_its_parts(path):
     assert sum(source.startswith(f"#| default_exp {noun}") for source in code) == 1
     exercises = re.findall(rf"### Exercise {number}\.(\d)", prose)
     checks = re.findall(rf'^check\("{number}\.(\d)"', "\n".join(code), re.M)
-    assert exercises == checks == (["1"] if number == "00" else ["1", "2", "3"])
+    n_least, n_most = {"00": (1, 1)}.get(number, (3, 5) if number.isdigit() else (0, 5))
+    assert exercises == checks == [str(i + 1) for i in range(len(exercises))]
+    assert n_least <= len(exercises) <= n_most
     assert prose.count("<details>") == prose.count("</details>") == len(exercises)
 
 
@@ -111,26 +133,117 @@ def test_prose_is_portable(path):
                 assert ROOT / "nbs" / target in NOTEBOOKS, f"broken link to {target}"
 
 
-def test_imports_run_backward():
-    order = {path.stem.split("_", 1)[1]: int(path.stem[:2]) for path in NUMBERED}
-    for module, number in order.items():
-        tree = ast.parse((ROOT / "llm_book" / f"{module}.py").read_text())
+MODULES = {path.stem.split("_", 1)[1]: path.stem[:2] for path in PAGES
+           if (ROOT / "llm_book" / f"{path.stem.split('_', 1)[1]}.py").exists()}
+TREES = {name: ast.parse((ROOT / "llm_book" / f"{name}.py").read_text()) for name in MODULES}
+
+
+def imported(node) -> list[str]:
+    """Full names of the modules that an import statement reads."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [".".join(filter(None, ["llm_book" * bool(node.level), node.module]))]
+    return []
+
+
+def modules_read_by(tree, at_module_level: bool) -> set[str]:
+    """Modules of the book that a module imports."""
+    nodes = tree.body if at_module_level else ast.walk(tree)
+    return {name.split(".")[1] for node in nodes for name in imported(node)
+            if name.startswith("llm_book.")}
+
+
+def test_imports_are_declared():
+    for module, tree in TREES.items():
         for node in ast.walk(tree):
-            names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
-                     else ["llm_book." * node.level + node.module]
-                     if isinstance(node, ast.ImportFrom) else [])
-            for name in names:
-                top, *rest = name.split(".")
-                if top == "llm_book":
-                    assert rest and order[rest[0]] < number, f"{module} imports {name}"
-                else:
-                    assert top in STANDARD_OR_DECLARED, f"{module} imports {name}, not declared"
+            for name in imported(node):
+                if name.split(".")[0] == "llm_book":
+                    assert name.split(".")[1] in MODULES, f"{module} imports {name}"
+                elif node in tree.body:
+                    assert name.split(".")[0] in STANDARD_OR_DECLARED, f"{module} imports {name}"
+
+
+def test_imports_run_backward_and_in_no_circle():
+    """Chapters read earlier chapters; the engine room reads what comes before its first user."""
+    reads = {module: modules_read_by(tree, True) for module, tree in TREES.items()}
+
+    def all_below(module: str, above: tuple = ()) -> set[str]:
+        assert module not in above, f"a circle of imports: {above}"
+        return reads[module].union(*(all_below(name, (*above, module)) for name in reads[module]))
+
+    below = {module: all_below(module) for module in MODULES}
+    for module, number in MODULES.items():
+        if number.isdigit():
+            late = {name for name in below[module]
+                    if MODULES[name].isdigit() and MODULES[name] >= number}
+            assert not late, f"{module} needs {late}, which come later"
+
+
+def test_doors_inside_functions_are_the_three_that_are_allowed():
+    doors = {(module, name) for module, tree in TREES.items()
+             for name in modules_read_by(tree, False) - modules_read_by(tree, True)}
+    assert doors <= {("gpt", "hub")}, doors
+
+
+def test_no_private_name_crosses_a_module():
+    files = [*(ROOT / "llm_book").glob("[!_]*.py"), *(ROOT / "benchmarks").glob("*.py"),
+             *(ROOT / "tests").glob("*.py")]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and imported(node)[0].startswith("llm_book"):
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not private, f"{path.name} imports {private}"
+
+
+def code_lines(path: Path) -> dict[int, str]:
+    """Lines of a module that are neither empty nor comment nor docstring."""
+    text = path.read_text()
+    skip = {line for node in ast.walk(ast.parse(text)) for line in range(node.lineno, node.end_lineno + 1)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)} if text else set()
+    return {number: line for number, line in enumerate(text.splitlines(), 1)
+            if number not in skip and line.strip() and not line.strip().startswith("#")}
+
+
+def test_modules_are_short():
+    for module in MODULES:
+        n_lines = len((ROOT / "llm_book" / f"{module}.py").read_text().splitlines())
+        assert n_lines <= 350, f"{module} has {n_lines} lines"
+
+
+def test_functions_are_short():
+    """A screen holds 25 lines; the package may have five functions that need more."""
+    long = {}
+    for module, tree in TREES.items():
+        lines = code_lines(ROOT / "llm_book" / f"{module}.py")
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                n_lines = sum(node.lineno <= number <= node.end_lineno for number in lines)
+                if n_lines > 25:
+                    long[f"{module}.{node.name}"] = n_lines
+    assert len(long) <= 5, long
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_guards_are_a_small_part_of_a_module(module):
+    """Of the code lines of a module at most a tenth are `if …: raise` or `require(…)`."""
+    lines = code_lines(ROOT / "llm_book" / f"{module}.py")
+    guards = set()
+    for node in ast.walk(TREES[module]):
+        only_raises = (isinstance(node, ast.If) and not node.orelse
+                       and all(isinstance(inner, ast.Raise) for inner in node.body))
+        asks = (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+                and isinstance(node.value.func, ast.Name) and node.value.func.id == "require")
+        if only_raises or asks:
+            guards |= set(range(node.lineno, node.end_lineno + 1)) & lines.keys()
+    most = 0.15 if module in ("lab", "data", "checkpoint", "hub") else 0.1
+    assert len(guards) <= most * len(lines), f"{len(guards)} of {len(lines)} lines are guards"
 
 
 def test_lines_of_the_package_fit():
-    for path in NUMBERED:
+    for path in PAGES:
         for cell in code_cells(path):
-            if cell.source.startswith("#| exports"):
+            if cell.source.startswith("#| export"):
                 for line in cell.source.splitlines():
                     assert len(line) <= 100, f"{path.stem}: {line}"
 
@@ -150,8 +263,10 @@ def test_quarto_project():
 def test_quarto_lists_exactly_the_notebooks_in_order():
     assert sorted(NOTEBOOKS) == sorted((ROOT / "nbs").glob("*.ipynb"))
     assert NOTEBOOKS[0].stem == "index"
-    assert NUMBERED == sorted(NUMBERED) == NOTEBOOKS[1:]
-    assert all(title is None or title.startswith("Part ") for title, _ in parts())
+    assert NUMBERED == sorted(NUMBERED) and ENGINE_ROOM == sorted(ENGINE_ROOM)
+    assert NOTEBOOKS[1:] == NUMBERED + ENGINE_ROOM
+    assert all(title is None or title.startswith("Part ") or title == "The engine room"
+               for title, _ in parts())
 
 
 @each(NOTEBOOKS)

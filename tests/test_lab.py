@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_record_and_recall(ledger):
 
 @pytest.mark.parametrize("name, value, seeds, message", [
     ("nofile", 1, (), "name must"), ("A/b", 1, (), "name must"), ("../a/b", 1, (), "name must"),
-    ("a/b", float("inf"), (), "finite"), ("a/b", [], (), "finite"), ("a/b", [1, 2], [0], "seeds"),
+    ("a/b", float("inf"), (), "finite"), ("a/b", [], (), "finite"), ("a/b", [1, 2], (), "seeds"), ("a/b", [1, 2], [0], "seeds"),
     ("a/b", 1.0, [0, 1, 2], "seeds"),
 ])
 def test_record_refuses_before_writing(ledger, name, value, seeds, message):
@@ -64,15 +65,61 @@ def test_recall_names_what_there_is(ledger):
         lab.recall("z/b")
 
 
-def test_ladder_is_sorted_and_lit(ledger):
-    for rung, value in (("low", 2.0), ("high", 8.0)):
+def test_ladder_is_sorted_lit_and_shows_nothing_early(ledger):
+    for rung, value in (("unigram", 2.0), ("uniform", 8.0), ("mlp", 1.0)):
         lab.record(f"ladder/{rung}", value, "bits per byte", seeds=(), command="c", label=rung)
-    ax = lab.plot_ladder("low")
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["high", "low"]
-    assert plt.matplotlib.colors.to_hex(ax.patches[1].get_facecolor()) == lab.COLOURS["red"].lower()
-    with pytest.raises(KeyError, match="no rung"):
-        lab.plot_ladder("missing")
+    red = lab.COLOURS["red"].lower()
+    for chapter, names, lit in (("03", ["uniform", "unigram"], [0, 1]),
+                                ("09", ["uniform", "unigram", "mlp"], [2]),
+                                (None, ["uniform", "unigram", "mlp"], [2])):
+        ax = lab.plot_ladder(chapter)
+        assert [label.get_text() for label in ax.get_yticklabels()] == names
+        assert [i for i, bar in enumerate(ax.patches)
+                if plt.matplotlib.colors.to_hex(bar.get_facecolor()) == red] == lit
     plt.close("all")
+
+
+def test_every_rung_has_its_chapter():
+    assert set(lab.recall("ladder")) <= {key for keys in lab.LADDER.values() for key in keys}
+
+
+def test_require_names_the_argument_and_what_is_allowed():
+    lab.require(True, "x", "anything", None)
+    with pytest.raises(ValueError, match="^step must be at least 0, not -1$"):
+        lab.require(False, "step", "at least 0", -1)
+
+
+@pytest.mark.parametrize("old, new", [("old", "neu 安"), ("old", b"\x00"), ({"a": b"1", "b": b"2"}, {"c": b"3"}),
+                                      (None, "new"), (None, {"a": b"1"})])
+def test_write_whole_replaces_at_once(tmp_path, old, new):
+    def content():
+        if not path.exists():
+            return None
+        return ({part.name: part.read_bytes() for part in path.iterdir()} if path.is_dir()
+                else path.read_bytes())
+
+    path = tmp_path / "deep" / "thing"
+    if old is not None:
+        lab.write_whole(path, old)
+    before = content()
+    with pytest.raises(RuntimeError), lab.replacing(path) as draft:
+        draft.mkdir() if isinstance(new, dict) else draft.write_bytes(b"half")
+        raise RuntimeError
+    assert content() == before
+    lab.write_whole(path, new)
+    assert content() == (new.encode() if isinstance(new, str) else new)
+    assert [part.name for part in path.parent.iterdir()] == ["thing"]
+
+
+def test_two_writers_leave_one_whole_file(tmp_path):
+    path, texts = tmp_path / "x", [letter * 200_000 for letter in "ab"]
+    threads = [threading.Thread(target=lambda text=text: [lab.write_whole(path, text) for _ in range(20)])
+               for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_text() in texts and [part.name for part in tmp_path.iterdir()] == ["x"]
 
 
 def test_check_never_raises_for_a_wrong_answer(capsys):
@@ -81,7 +128,7 @@ def test_check_never_raises_for_a_wrong_answer(capsys):
         assert fn() == 4, "not four"
 
     lab.check("99.1", lambda: 3)
-    assert lab.solved["99.1"] is False and "not four" in capsys.readouterr().out
+    assert lab.solved["99.1"] is False and "not yet: not four" in capsys.readouterr().out
     lab.check("99.1", lambda: 1 / 0)
     assert lab.solved["99.1"] is False and "ZeroDivisionError" in capsys.readouterr().out
     lab.check("99.1", lambda: 4)
