@@ -267,8 +267,8 @@ def check(
         _checks[exercise_id](fn)
     except Exception as error:  # whatever a reader's code may raise is a verdict, not a crash
         solved[exercise_id] = False
-        kind = "" if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: "
-        print(f"✗ {exercise_id} · not yet: {kind}{error}")
+        said = isinstance(error, AssertionError) and str(error)  # by the judge, in plain words
+        print(f"✗ {exercise_id} · not yet: {said or f'{type(error).__name__}: {error}'}")
     else:
         solved[exercise_id] = True
         print(f"✓ {exercise_id} is solved")

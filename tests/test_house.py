@@ -199,8 +199,9 @@ def test_no_private_name_crosses_a_module():
 def code_lines(path: Path) -> dict[int, str]:
     """Lines of a module that are neither empty nor comment nor docstring."""
     text = path.read_text()
-    skip = {line for node in ast.walk(ast.parse(text)) for line in range(node.lineno, node.end_lineno + 1)
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)} if text else set()
+    docstrings = [node for node in ast.walk(ast.parse(text))
+                  if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    skip = {line for node in docstrings for line in range(node.lineno, node.end_lineno + 1)}
     return {number: line for number, line in enumerate(text.splitlines(), 1)
             if number not in skip and line.strip() and not line.strip().startswith("#")}
 
