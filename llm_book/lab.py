@@ -134,7 +134,7 @@ def _sync(path: Path) -> None:
 def replacing(
     path: str | Path,  # a file, or a folder of files
 ) -> Iterator[Path]:
-    """A draft to write to; it takes the name `path` at the end, or vanishes if there is an error."""
+    """A draft to write to, which takes the name `path` at the end, or vanishes after an error."""
     path = Path(path)
     draft = path.with_name(f"draft_{path.name}.{uuid.uuid4().hex[:12]}")
     path.parent.mkdir(parents=True, exist_ok=True)
