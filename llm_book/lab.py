@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'LADDER', 'solved', 'require', 'seed_everything', 'best_device', 'set_style', 'progress', 'ledger_folder',
-           'replacing', 'write_whole', 'record', 'recall', 'plot_ladder', 'exercise', 'check']
+           'replacing', 'write_whole', 'record', 'recall', 'plot_ladder', 'plot_history', 'exercise', 'check']
 
 # %% ../nbs/00_lab.ipynb #401f5041
 import importlib.metadata
@@ -236,6 +236,21 @@ def plot_ladder(
     ax.bar_label(ax.barh(names, values, color=colours, height=0.7), fmt="%.2f", padding=3)
     ax.invert_yaxis()
     ax.set(xlabel="bits per byte of the test text (fewer is better)", xlim=(0, max(values) * 1.1))
+    return ax
+
+# %% ../nbs/00_lab.ipynb #5fc2128c
+def plot_history(
+    history: list[dict],  # what `train` returns
+) -> plt.Axes:
+    """The training loss of each step (thin) and the loss of the validation tokens (dots)."""
+    _, ax = plt.subplots()
+    checked = [entry for entry in history if "val_loss" in entry]
+    ax.plot([entry["step"] for entry in history], [entry["loss"] for entry in history],
+            linewidth=0.8, color=COLOURS["grey"], label="training, each batch")
+    ax.plot([entry["step"] for entry in checked], [entry["val_loss"] for entry in checked], "o-",
+            markersize=4, color=COLOURS["red"], label="validation, fixed windows")
+    ax.set(xlabel="step", ylabel="loss in nats per token")
+    ax.legend()
     return ax
 
 # %% ../nbs/00_lab.ipynb #39791e21
