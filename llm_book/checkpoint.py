@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from .lab import require, write_whole
 
 # %% ../nbs/a1_checkpoint.ipynb #f07f9465
+@runtime_checkable
 class Stateful(Protocol):
     """Whatever can be written down and put back: a model, an optimizer, a run."""
 
