@@ -49,6 +49,27 @@ _ONE_OF = {"schedule": ("cosine", "linear", "constant", "wsd"), "optimizer": ("a
            "precision": PRECISIONS}
 
 
+def _refuse_values(c: "TrainConfig") -> None:
+    """Raises: `ValueError` for the first field that is out of its range."""
+    for name, least in _AT_LEAST.items():
+        value = getattr(c, name)
+        require(type(value) is int and value >= least, name,
+                f"a whole number of at least {least}", value)
+    for name, names in _ONE_OF.items():
+        require(getattr(c, name) in names, name, f"one of {names}", getattr(c, name))
+    for name, holds, allowed in (
+            ("seed", c.seed < 2**32, "below 2**32"),
+            ("max_lr", 0 < c.max_lr < math.inf, "above 0 and finite"),
+            ("muon_lr", 0 < c.muon_lr < math.inf, "above 0 and finite"),
+            ("max_norm", c.max_norm > 0, "above 0"),
+            ("weight_decay", 0 <= c.weight_decay < math.inf, "at least 0 and finite"),
+            ("min_lr", 0 <= c.min_lr <= c.max_lr, f"from 0 to max_lr = {c.max_lr}"),
+            ("warmup_steps", c.warmup_steps < c.max_steps, "below max_steps"),
+            ("betas", len(c.betas) == 2 and all(0 <= beta < 1 for beta in c.betas),
+             "two numbers from 0 to below 1")):
+        require(holds, name, allowed, getattr(c, name))
+
+
 def make_optimizers(
     model: nn.Module,
     config: "TrainConfig",
@@ -169,23 +190,7 @@ class TrainConfig:
     def __post_init__(self):
         """Raises: `ValueError` that names the field, its value and what is allowed."""
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON makes a list of it
-        for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            require(type(value) is int and value >= least, name,
-                    f"a whole number of at least {least}", value)
-        for name, names in _ONE_OF.items():
-            require(getattr(self, name) in names, name, f"one of {names}", getattr(self, name))
-        for name, holds, allowed in (
-                ("seed", self.seed < 2**32, "below 2**32"),
-                ("max_lr", 0 < self.max_lr < math.inf, "above 0 and finite"),
-                ("muon_lr", 0 < self.muon_lr < math.inf, "above 0 and finite"),
-                ("max_norm", self.max_norm > 0, "above 0"),
-                ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
-                ("min_lr", 0 <= self.min_lr <= self.max_lr, f"from 0 to max_lr = {self.max_lr}"),
-                ("warmup_steps", self.warmup_steps < self.max_steps, "below max_steps"),
-                ("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-                 "two numbers from 0 to below 1")):
-            require(holds, name, allowed, getattr(self, name))
+        _refuse_values(self)
 
     def lr_share(
         self,
