@@ -6,12 +6,13 @@
 __all__ = ['Value', 'topological_order', 'send_back', 'draw']
 
 # %% ../nbs/05_autograd.ipynb #f74e68d4
+#| code-fold: true
 import math
 from numbers import Real
 
 from matplotlib import pyplot as plt
 
-from .lab import COLOURS
+from .lab import COLOURS, require
 
 # %% ../nbs/05_autograd.ipynb #6d07c651
 class _Node:
@@ -175,6 +176,7 @@ def send_back(
             messages[source] += messages[node] * slope
 
 # %% ../nbs/05_autograd.ipynb #ee715fa8
+#| code-fold: true
 def _places(root: Value) -> dict[Value, tuple[float, float]]:
     """The x and y of each node: inputs left of their users, near the mean height of these."""
     order = topological_order(root)
@@ -192,6 +194,23 @@ def _places(root: Value) -> dict[Value, tuple[float, float]]:
     return places
 
 
+def _draw_box(ax: plt.Axes, node: Value, x: float, y: float) -> None:
+    ax.add_patch(plt.Rectangle((x - 0.55, y - 0.4), 1.1, 0.8, fc="white", ec=COLOURS["black"]))
+    for up, colour, text in ((0.24, "blue", node.name), (0, "black", f"{node.data:.4g}"),
+                             (-0.24, "red", f"{node.grad:.4g}")):
+        ax.text(x, y + up, text, color=COLOURS[colour], size=9, ha="center", va="center")
+
+
+def _draw_arrow(ax: plt.Axes, start: tuple, end: tuple, bend: float, slope: float) -> None:
+    ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": COLOURS["grey"],
+                                            "connectionstyle": f"arc3,rad={bend}"})
+    middle = [(a + b) / 2 for a, b in zip(start, end)]
+    shift = bend * (end[1] - start[1]) / 2, -bend * (end[0] - start[0]) / 2
+    ax.text(middle[0] + shift[0], middle[1] + shift[1], f"{slope:.3g}", size=8,
+            color=COLOURS["grey"], ha="center", va="center",
+            bbox={"fc": "white", "ec": "none", "pad": 0.5})
+
+
 def draw(
     root: Value,  # the end of a graph of at most 60 nodes
 ) -> plt.Axes:
@@ -199,8 +218,8 @@ def draw(
 
     Raises: `ValueError` for a graph too large to be read.
     """
-    if (n_nodes := len(topological_order(root))) > 60:
-        raise ValueError(f"root must have a graph of at most 60 nodes, not {n_nodes}")
+    n_nodes = len(topological_order(root))
+    require(n_nodes <= 60, "root", "the end of a graph of at most 60 nodes", n_nodes)
     places = _places(root)
     xs, ys = zip(*places.values())
     width, height = 1.6 - min(xs), max(ys) - min(ys) + 1.2
@@ -208,20 +227,10 @@ def draw(
     ax.set(aspect="equal", xlim=(0.8 - width, 0.8), ylim=(min(ys) - 0.6, max(ys) + 0.6))
     ax.axis("off")
     for node, (x, y) in places.items():
-        ax.add_patch(plt.Rectangle((x - 0.55, y - 0.4), 1.1, 0.8, fc="white", ec=COLOURS["black"]))
-        for up, colour, text in ((0.24, "blue", node.name), (0, "black", f"{node.data:.4g}"),
-                                 (-0.24, "red", f"{node.grad:.4g}")):
-            ax.text(x, y + up, text, color=COLOURS[colour], size=9, ha="center", va="center")
+        _draw_box(ax, node, x, y)
         twins = len(node.edges) == 2 and node.edges[0][0] is node.edges[1][0]
         for (source, slope), side in zip(node.edges, (-1, 1)):
             x0, y0 = places[source]
             bend = 0.3 * side if twins else 0.15 * math.copysign(x - x0 > 2, -y0)
-            start, end = (x0 + 0.55, y0), (x - 0.55, y)
-            ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": COLOURS["grey"],
-                                                    "connectionstyle": f"arc3,rad={bend}"})
-            middle = [(a + b) / 2 for a, b in zip(start, end)]
-            shift = bend * (y - y0) / 2, -bend * (end[0] - start[0]) / 2
-            ax.text(middle[0] + shift[0], middle[1] + shift[1], f"{slope:.3g}", size=8,
-                    color=COLOURS["grey"], ha="center", va="center",
-                    bbox={"fc": "white", "ec": "none", "pad": 0.5})
+            _draw_arrow(ax, (x0 + 0.55, y0), (x - 0.55, y), bend, slope)
     return ax

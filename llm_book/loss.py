@@ -6,11 +6,14 @@
 __all__ = ['entropy', 'kl_divergence', 'perplexity', 'bits_per_byte', 'log_softmax', 'softmax', 'cross_entropy']
 
 # %% ../nbs/04_loss.ipynb #ca37bb8e
+#| code-fold: true
 import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from .lab import require
 
 # %% ../nbs/04_loss.ipynb #665f7d13
 def entropy(
@@ -32,7 +35,7 @@ def perplexity(
     nll: float,  # mean negative log-likelihood of a token, in nats
 ) -> float:
     """The number of equally likely tokens that would be as hard to guess."""
-    return math.exp(nll) if nll < 709 else math.inf  # beyond the range of a float
+    return math.inf if nll >= 709 else math.exp(nll)  # beyond the range of a float
 
 
 def bits_per_byte(
@@ -40,15 +43,13 @@ def bits_per_byte(
     n_bytes: int,  # the length of the text in UTF-8
 ) -> float:
     """What a model needs, on average, to write down one byte. Raises: `ValueError` for no bytes."""
-    if n_bytes < 1:
-        raise ValueError(f"n_bytes must be at least 1, not {n_bytes}")
+    require(n_bytes >= 1, "n_bytes", "at least 1", n_bytes)
     return total_nats / (n_bytes * math.log(2))
 
 # %% ../nbs/04_loss.ipynb #3bf892c1
 def _wide(x: Tensor) -> Tensor:
     """Half precision as float32, other floats as they are. Raises: `ValueError` for integers."""
-    if not x.is_floating_point():
-        raise ValueError(f"logits must be floating-point numbers, not {x.dtype}")
+    require(x.is_floating_point(), "logits", "floating-point numbers", x.dtype)
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -82,31 +83,35 @@ def cross_entropy(
 ) -> Float[Tensor, "..."]:
     """Negative log-likelihood of `targets` in nats; float32 for half-precision logits.
 
-    Raises: `ValueError` for shapes that do not match, a target outside 0 … V - 1, a mean over
+    Raises: `ValueError` for targets of another shape or type or outside 0 … V - 1, a mean over
     nothing, or an option out of range.
     Source: torch.nn.functional.cross_entropy, which has the classes in dimension 1 instead.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be from 0 to 1, not {label_smoothing}")
-    if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"targets must have shape {tuple(logits.shape[:-1])} for logits of shape "
-                         f"{tuple(logits.shape)}, not {tuple(targets.shape)}")
-    if targets.is_floating_point():
-        raise ValueError(f"targets must be integers, not {targets.dtype}")
+    _refuse_options(logits, targets, label_smoothing, reduction)
+    targets = targets.long()  # in a narrower type ignore_index might be a token
     counts = targets != ignore_index
     safe = torch.where(counts, targets, 0)
-    if ((safe < 0) | (safe >= logits.shape[-1])).any():
-        raise ValueError(f"targets must be from 0 to {logits.shape[-1] - 1} or {ignore_index}, "
-                         f"not {safe.min().item()} … {safe.max().item()}")
-    if reduction == "mean" and not counts.any():
-        raise ValueError(f"targets must not all be {ignore_index}: there is nothing to average")
+    require(((0 <= safe) & (safe < logits.shape[-1])).all(), "targets",
+            f"from 0 to {logits.shape[-1] - 1} or {ignore_index}", targets.unique().tolist())
     log_p = log_softmax(_wide(logits), -1)
-    nll = -log_p.gather(-1, safe[..., None].long()).squeeze(-1)
+    nll = -log_p.gather(-1, safe[..., None]).squeeze(-1)
     if label_smoothing:
         nll = (1 - label_smoothing) * nll - label_smoothing * log_p.mean(-1)
     nll = torch.where(counts, nll, 0)
     if reduction == "none":
         return nll
-    return nll.sum() / counts.sum() if reduction == "mean" else nll.sum()
+    if reduction == "sum":
+        return nll.sum()
+    require(counts.any(), "targets", f"other than {ignore_index} somewhere", "all the same")
+    return nll.sum() / counts.sum()
+
+
+def _refuse_options(logits: Tensor, targets: Tensor, label_smoothing: float, reduction: str):
+    """Raises: `ValueError` for the first that is wrong."""
+    for name, holds, allowed, value in (
+            ("reduction", reduction in ("mean", "sum", "none"), "'mean', 'sum' or 'none'", reduction),
+            ("label_smoothing", 0 <= label_smoothing <= 1, "from 0 to 1", label_smoothing),
+            ("targets", targets.shape == logits.shape[:-1],
+             f"of shape {tuple(logits.shape[:-1])} for these logits", tuple(targets.shape)),
+            ("targets", not targets.is_floating_point(), "integers", targets.dtype)):
+        require(holds, name, allowed, value)

@@ -6,6 +6,7 @@
 __all__ = ['BigramLM', 'MLPLM', 'fit', 'log_probs']
 
 # %% ../nbs/09_neural_lm.ipynb #7d33c929
+#| code-fold: true
 import math
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from .data import get_batch
+from .lab import require
 from .loss import cross_entropy
 from .optim import AdamW, cosine_schedule
 
@@ -45,11 +47,10 @@ def _with_loss(logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor |
 
 def _checked(ids: Tensor, vocab_size: int) -> Tensor:
     """`ids`. Raises: `ValueError` for none at all, or one outside the vocabulary."""
-    if ids.numel() == 0:
-        raise ValueError(f"ids must hold at least one token, not shape {tuple(ids.shape)}")
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"ids must be from 0 to {vocab_size - 1}, "
-                         f"not {ids.min().item()} … {ids.max().item()}")
+    require(ids.numel(), "ids", "at least one token", tuple(ids.shape))
+    least, most = ids.aminmax()
+    require(0 <= least and most < vocab_size, "ids", f"from 0 to {vocab_size - 1}",
+            (least.item(), most.item()))
     return ids
 
 # %% ../nbs/09_neural_lm.ipynb #37913ae6
@@ -73,8 +74,7 @@ class MLPLM(nn.Module):
         super().__init__()
         for name, value in (("vocab_size", vocab_size), ("context", context),
                             ("d_embed", d_embed), ("d_hidden", d_hidden)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+            require(value >= 1, name, "at least 1", value)
         self.vocab_size, self.context = vocab_size, context
         self.embedding = nn.Embedding(vocab_size + 1, d_embed)  # the last row: nothing here yet
         self.hidden = nn.Linear(context * d_embed, d_hidden)
@@ -134,16 +134,17 @@ def log_probs(
 
     Raises: `ValueError` for an empty text.
     """
-    if len(ids) == 0:
-        raise ValueError("ids must hold at least one token, not none")
+    require(len(ids), "ids", "at least one token", len(ids))
     was_training = model.training
     model.eval()
     found = [torch.full((1,), -math.log(model.vocab_size), device=ids.device)]
-    for start in range(0, len(ids) - 1, chunk):
-        first = max(0, start - model.context + 1)  # what the first place of this chunk can read
-        end = min(start + chunk, len(ids) - 1)
-        logits, _ = model(ids[None, first:end])
-        logits, targets = logits[0, start - first:], ids[start + 1:end + 1]
-        found.append(-cross_entropy(logits, targets, reduction="none"))
-    model.train(was_training)
+    try:
+        for start in range(0, len(ids) - 1, chunk):
+            first = max(0, start - model.context + 1)  # what this chunk's first position can read
+            end = min(start + chunk, len(ids) - 1)
+            logits, _ = model(ids[None, first:end])
+            logits, targets = logits[0, start - first:], ids[start + 1:end + 1]
+            found.append(-cross_entropy(logits, targets, reduction="none"))
+    finally:
+        model.train(was_training)
     return torch.cat(found)

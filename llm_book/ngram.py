@@ -6,6 +6,7 @@
 __all__ = ['SMOOTHINGS', 'Ids', 'count_ngrams', 'NGramLM']
 
 # %% ../nbs/03_ngram.ipynb #14b61f05
+#| code-fold: true
 from collections.abc import Iterable
 
 import numpy as np
