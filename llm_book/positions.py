@@ -54,22 +54,24 @@ class ConstantTable(nn.Module):
     def __init__(self, make: Callable[..., Tensor], *arguments):  # the rows are make(*arguments)
         super().__init__()
         self.recipe = make, arguments
-        self.register_buffer("table", self._made_like(torch.empty(0)), persistent=False)
+        self.register_buffer("table", torch.empty(0), persistent=False)
+        self._look_up()
 
-    def _made_like(self, other: Tensor) -> Tensor:
-        """The rows on the device of `other`, made on a CPU: the same numbers everywhere."""
-        key = type(other), other.device, *self.recipe  # its type, for tracers have their own
-        table = _TABLES.get(key)
-        if table is None:
+    @torch.inference_mode(False)
+    def _look_up(self) -> None:
+        """Take the rows that are on the table's device, or make them: on a CPU, alike everywhere."""
+        key = type(self.table), self.table.device, *self.recipe  # the type, for tracers have theirs
+        self.shared = _TABLES.get(key)
+        if self.shared is None:
             make, arguments = self.recipe
-            with torch.inference_mode(False), torch.device("cpu"):
-                table = _TABLES[key] = make(*arguments).to(other.device)
-        return table
+            with torch.device("cpu"):
+                self.shared = _TABLES[key] = make(*arguments).to(self.table.device)
+        self.table = self.shared.detach()  # the same memory; FSDP may exchange what a buffer holds
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ConstantTable":
         """What `.to(…)`, `.bfloat16()`, `.to_empty(…)` call: the table only follows the device."""
         super()._apply(fn, recurse)
-        self.table = self._made_like(self.table)
+        self._look_up()
         return self
 
 

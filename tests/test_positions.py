@@ -240,10 +240,10 @@ def test_all_layers_share_one_table_and_it_goes_with_the_last_of_them():
     assert not any("rope" in name for name in one.state_dict())
     rope = RotaryEmbedding(6, 77)
     for same in (RotaryEmbedding(6, 77), RotaryEmbedding(6, 77, interleaved=True), copy.deepcopy(rope).float()):
-        assert same.table is rope.table
+        assert same.table.data_ptr() == rope.table.data_ptr()
     for different in (RotaryEmbedding(6, 78), RotaryEmbedding(8, 77), RotaryEmbedding(6, 77, 500.0)):
         assert different.table.shape != rope.table.shape or not torch.equal(different.table, rope.table)
-    memory = weakref.ref(rope.table)
+    memory = weakref.ref(rope.shared)
     del rope, same
     gc.collect()
     assert memory() is None
@@ -254,13 +254,21 @@ def test_tables_made_under_a_mode_do_not_reach_others():
         inside = RotaryEmbedding(10, 33)
     rope, x = RotaryEmbedding(10, 33), random(0, 33, 10).requires_grad_()
     rope(x).sum().backward()  # an inference tensor could not be saved for it
-    assert inside.table is rope.table
+    assert inside.table.data_ptr() == rope.table.data_ptr()
     with FakeTensorMode():
         fake = RotaryEmbedding(10, 33)
         assert fake(torch.zeros(2, 5, 10)).shape == (2, 5, 10)
     with torch.device("meta"):
         assert RotaryEmbedding(10, 33).table.is_meta
     assert type(RotaryEmbedding(10, 33).table) is torch.Tensor and torch.equal(RotaryEmbedding(10, 33)(x), rope(x))
+
+
+def test_what_a_wrapper_puts_into_a_buffer_stays_in_it():
+    """FSDP moves a model by exchanging the data of its parameters and buffers."""
+    one, other = RotaryEmbedding(10, 35), RotaryEmbedding(10, 35)
+    one.table.data = one.table.double() + 1
+    assert one.table.dtype == torch.float64 and other.table.dtype == torch.float32
+    assert torch.equal(other.table, RotaryEmbedding(10, 35).table) and torch.equal(one.float().table, other.table)
 
 
 def test_tables_survive_pickling():
@@ -272,7 +280,7 @@ def test_tables_survive_pickling():
 def test_tables_on_a_gpu():
     rope, x = RotaryEmbedding(64, 300), random(0, 300, 64)
     moved = copy.deepcopy(rope).bfloat16().to("cuda").float()
-    assert torch.equal(moved.table.cpu(), rope.table) and moved.cpu().table is rope.table
+    assert torch.equal(moved.table.cpu(), rope.table) and moved.cpu().table.data_ptr() == rope.table.data_ptr()
     with torch.device("cuda"):
         born = RotaryEmbedding(64, 300)
     assert torch.equal(born.table.cpu(), rope.table)
