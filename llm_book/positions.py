@@ -59,7 +59,7 @@ class ConstantTable(nn.Module):
 
     @torch.inference_mode(False)
     def _look_up(self) -> None:
-        """Take the rows that are on the table's device, or make them: on a CPU, alike everywhere."""
+        """Take the rows on the table's device, or make them: on a CPU, alike everywhere."""
         key = type(self.table), self.table.device, *self.recipe  # the type, for tracers have theirs
         self.shared = _TABLES.get(key)
         if self.shared is None:
