@@ -82,7 +82,7 @@ class OneLayer(nn.Module):
 
     def forward(self, ids):
         x = self.add(self.embedding(ids))
-        mask = self.bias(4, ids.shape[1]) if self.bias else None
+        mask = self.bias(4, ids.shape[1])[None] if self.bias else None
         x = x + self.attention(self.norm(x), mask=mask, causal=True)
         return self.head(x + self.network(x))
 

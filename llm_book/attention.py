@@ -6,6 +6,7 @@
 __all__ = ['causal_mask', 'attention_weights', 'scaled_dot_product_attention', 'KVCache', 'MultiHeadAttention']
 
 # %% ../nbs/10_attention.ipynb #41730330
+#| code-fold: true
 import math
 
 import torch
@@ -14,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .lab import require
 from .loss import softmax
 
 # %% ../nbs/10_attention.ipynb #e6e22628
@@ -22,37 +24,34 @@ def causal_mask(
     S: int | None = None,  # number of keys, T if not given; the last query stands at the last key
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "T S"]:
-    """True where a query may attend: to its own place and to everything before it.
-
-    Raises: `ValueError` unless 1 ≤ T ≤ S.
-    """
+    """True where a query may attend: to its own position and to everything before it."""
     S = T if S is None else S
-    if not 1 <= T <= S:
-        raise ValueError(f"T must be from 1 to S = {S}, not {T}")
+    require(1 <= T <= S, "T", f"from 1 to S = {S}", T)
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
+# %% ../nbs/10_attention.ipynb #6092c695
+def _usable(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask, with floats in the dtype of the scores that they are added to.
+
+    Raises: `ValueError` for a mask of integers: adding zeros and ones would close nothing.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    require(mask.is_floating_point(), "mask", "bool (True = may attend) or float", mask.dtype)
+    return mask.to(dtype)
+
 # %% ../nbs/10_attention.ipynb #12c5118c
-def _check_mask(mask: Tensor | None) -> None:
-    """Raises: `ValueError` for a mask of integers: adding zeros and ones would close nothing."""
-    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"mask must be bool (True = may attend) or float (added), "
-                         f"not {mask.dtype}")
-
-
 def attention_weights(
     q: Float[Tensor, "*#B T K"],
     k: Float[Tensor, "*#B S K"],
-    mask: Tensor | None = None,  # broadcast to (*B, T, S): bool, True = may attend; float is added
+    mask: Tensor | None = None,  # broadcasts to (*B, T, S): bool, True = may attend; float is added
 ) -> Float[Tensor, "*B T S"]:
     """What share each query takes of each key; a row sums to one, or to zero if all is closed."""
-    _check_mask(mask)
     scores = q @ k.mT / math.sqrt(q.shape[-1])
+    mask = _usable(mask, scores.dtype)
     if mask is None:
         return softmax(scores)
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -math.inf)
-    else:
-        scores = scores + mask.to(scores.dtype)
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     closed = (scores == -math.inf).all(-1, keepdim=True)
     return softmax(scores.masked_fill(closed, 0)).masked_fill(closed, 0)
 
@@ -63,58 +62,49 @@ def scaled_dot_product_attention(
     v: Float[Tensor, "*#B S N"],  # values may have another width than keys
     mask: Tensor | None = None,  # as for `attention_weights`
 ) -> Float[Tensor, "*B T N"]:
-    """softmax(q kᵀ / √K) v, for any leading axes.
-
-    Source: Vaswani et al., Attention Is All You Need, 2017, equation 1.
-    """
+    """softmax(q kᵀ / √K) v, for any leading axes. Source: Vaswani et al., 2017, equation 1."""
     return attention_weights(q, k, mask) @ v
 
 # %% ../nbs/10_attention.ipynb #5f5ab201
+#| code-fold: true
 class KVCache:
-    """Keys and values of the places that one layer has seen, in memory that is taken once."""
+    """Keys and values of the positions that a layer has seen, in memory that is taken once."""
 
     def __init__(
         self,
         batch_size: int,  # B
         n_kv_heads: int,  # H
-        max_len: int,  # how many places it can hold
+        max_len: int,  # how many positions it can hold
         head_dim: int,  # K
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        """Raises: `ValueError` for a size below 1."""
         shape = batch_size, n_kv_heads, max_len, head_dim
-        if min(shape) < 1:
-            raise ValueError("batch_size, n_kv_heads, max_len and head_dim must be at least 1, "
-                             f"not {shape}")
         self.k, self.v = torch.zeros(2, *shape, dtype=dtype, device=device)
-        self.length = 0  # how many places it holds now
+        self.length = 0  # how many positions it holds now
 
     def update(
         self,
         k: Float[Tensor, "B H T K"],
         v: Float[Tensor, "B H T K"],
     ) -> tuple[Float[Tensor, "B H S K"], Float[Tensor, "B H S K"]]:
-        """Append T places, and return all there are as views of its memory.
+        """Append T positions, and return all there are as views of its memory.
 
         Raises: `ValueError` for another shape, or if they do not fit; `RuntimeError` if they
         want gradients. Nothing has changed then.
         """
-        B, H, room, K = self.k.shape
-        start, end = self.length, self.length + k.shape[-2]
-        if k.shape != (B, H, end - start, K) or v.shape != k.shape:
-            raise ValueError(f"k and v must have shape ({B}, {H}, T, {K}), "
-                             f"not {tuple(k.shape)} and {tuple(v.shape)}")
-        if end > room:
-            raise ValueError(f"max_len is {room} places: {start} are taken, and {end - start} more "
-                             "do not fit")
+        (B, H, room, K), start, T = self.k.shape, self.length, k.shape[-2]
+        for new in (k, v):  # a row or head too few would be repeated
+            require(new.shape == (B, H, T, K), "k and v", f"{B, H, T, K} in shape", (*new.shape,))
+        require(start + T <= room, "max_len", f"at least {start} + {T} positions", room)
         if k.requires_grad or v.requires_grad:
             raise RuntimeError("a cache keeps no gradients; decode inside torch.no_grad()")
-        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        self.k[:, :, start:start + T], self.v[:, :, start:start + T] = k, v
+        self.length = start + T
+        return self.k[:, :, :start + T], self.v[:, :, :start + T]
 
 # %% ../nbs/10_attention.ipynb #bc149e09
+#| code-fold: true
 def _with_causal(mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
     """`mask`, and closed wherever a key comes after the query."""
     if T == 1:
@@ -136,13 +126,17 @@ def _plain(q, k, v, mask: Tensor | None, causal: bool, dropout: float) -> tuple[
 
 def _fused(q, k, v, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
     """What the heads find, by torch's kernel."""
-    named = causal and mask is None and q.shape[2] == k.shape[2]
-    if causal and not named:
-        mask = _with_causal(mask, q.shape[2], k.shape[2], q.device)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=named,
-                                          enable_gqa=q.shape[1] > k.shape[1])
+    (H, T), (n_kv_heads, S) = q.shape[1:3], k.shape[1:3]
+    by_name = False
+    if causal and mask is None and T == S:  # an `if`, because under a tracer T == S is no bool
+        by_name = True
+    elif causal:
+        mask = _with_causal(mask, T, S, q.device)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=by_name,
+                                          enable_gqa=H > n_kv_heads)
 
 # %% ../nbs/10_attention.ipynb #d620a52a
+#| code-fold: true
 class MultiHeadAttention(nn.Module):
     """Several attentions side by side, each on its own projection of the input."""
 
@@ -150,7 +144,7 @@ class MultiHeadAttention(nn.Module):
         self,
         d_model: int,  # D
         n_heads: int,  # H
-        n_kv_heads: int | None = None,  # heads of keys and values, n_heads if not given
+        n_kv_heads: int | None = None,  # heads of keys and values, n_heads if not given; divides it
         *,
         head_dim: int | None = None,  # K, D / H if not given
         bias: bool = False,  # in all four projections
@@ -158,22 +152,12 @@ class MultiHeadAttention(nn.Module):
         dropout: float = 0.0,  # share of the weights that is dropped in training
         rope: nn.Module | None = None,  # called as rope(q, positions) and rope(k, positions)
         q_norm: nn.Module | None = None,  # applied to each head of q, over its K numbers
-        k_norm: nn.Module | None = None,  # the same for k; both or neither
+        k_norm: nn.Module | None = None,  # the same for k
     ):
-        """Raises: `ValueError` for heads that do not divide evenly, or an option out of range."""
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads < 1 or (head_dim is None and d_model % n_heads):
-            raise ValueError(f"n_heads must divide d_model = {d_model}, not be {n_heads}")
-        if n_kv_heads < 1 or n_heads % n_kv_heads:
-            raise ValueError(f"n_kv_heads must divide n_heads = {n_heads}, not be {n_kv_heads}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be from 0 to below 1, not {dropout}")
-        if (q_norm is None) != (k_norm is None):
-            raise ValueError("q_norm and k_norm must be given together or not at all, not one")
-        head_dim = d_model // n_heads if head_dim is None else head_dim
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, not {head_dim}")
+        require(head_dim or d_model % n_heads == 0, "n_heads", f"a divisor of {d_model}", n_heads)
+        head_dim = head_dim or d_model // n_heads
         self.n_heads, self.n_kv_heads, self.dropout = n_heads, n_kv_heads, dropout
         self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias)
         self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias)
@@ -182,12 +166,12 @@ class MultiHeadAttention(nn.Module):
         self.rope, self.q_norm, self.k_norm = rope, q_norm, k_norm
 
     def _project(self, x: Tensor, source: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q of shape (B, H, T, K), k and v (B, n_kv_heads, S, K); `x` begins at place `start`."""
+        """q of shape (B, H, T, K), k and v (B, n_kv_heads, S, K); `x` begins at `start`."""
         q = rearrange(self.q_proj(x), "B T (H K) -> B H T K", H=self.n_heads)
         k, v = (rearrange(project(source), "B S (H K) -> B H S K", H=self.n_kv_heads)
                 for project in (self.k_proj, self.v_proj))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
         if self.rope is not None:
             positions = torch.arange(start, start + x.shape[1], device=x.device)
             q, k = self.rope(q, positions), self.rope(k, positions)
@@ -197,22 +181,23 @@ class MultiHeadAttention(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         context: Float[Tensor, "B S D"] | None = None,  # where keys and values come from, else `x`
-        mask: Tensor | None = None,  # broadcast to (B, H, T, S): bool, True = may attend; or added
-        *,
+        mask: Tensor | None = None,  # (T, S), (B, 1, T, S) or (1, H, T, S): True = may attend;
+        *,                           # floats are added to the scores
         causal: bool = False,  # no query attends to what comes after it
         cache: KVCache | None = None,  # what came before `x`; `x` is appended
         return_weights: bool = False,  # give (result, weights of shape (B, H, T, S))
     ) -> Float[Tensor, "B T D"] | tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T S"]]:
-        """Let every place attend in all heads, and mix what they find.
+        """Let every position attend in all heads, and mix what they find.
 
-        Raises: `ValueError` for a context where only a sequence's own past makes sense.
+        Raises: `ValueError` for a mask of integers or of three axes, and for a context where only
+        a sequence's own past makes sense.
         """
-        _check_mask(mask)
-        if context is not None and (causal or cache is not None or self.rope is not None):
-            raise ValueError("context must be None with causal, a cache or rotary positions, "
-                             "which belong to a sequence that attends to itself")
+        require(context is None or not (causal or cache is not None or self.rope is not None),
+                "context", "None with causal, a cache or rotary positions", "given")
+        require(mask is None or mask.ndim != 3, "mask", "(B, 1, T, S) or (1, H, T, S)", "3 axes")
         source, start = x if context is None else context, 0 if cache is None else cache.length
         q, k, v = self._project(x, source, start)
+        mask = _usable(mask, q.dtype)
         if cache is not None:
             k, v = cache.update(k, v)
         arguments = q, k, v, mask, causal, self.dropout if self.training else 0.0

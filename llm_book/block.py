@@ -6,6 +6,7 @@
 __all__ = ['layer_norm', 'rms_norm', 'LayerNorm', 'RMSNorm', 'gelu_tanh', 'FeedForward', 'SwiGLU', 'Block']
 
 # %% ../nbs/12_block.ipynb #0fe4ff18
+#| code-fold: true
 from collections.abc import Callable
 
 import torch
@@ -22,10 +23,7 @@ def layer_norm(
     bias: Float[Tensor, "D"] | None = None,
     eps: float = 1e-5,
 ) -> Float[Tensor, "*B D"]:
-    """Each row with mean 0 and variance 1, times `weight`, plus `bias`; by hand.
-
-    Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
-    """
+    """Each row with mean 0 and variance 1, times `weight`, plus `bias`. Source: Ba et al., 2016."""
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
     y = centred / (variance + eps).sqrt() * weight
@@ -37,20 +35,11 @@ def rms_norm(
     weight: Float[Tensor, "D"],
     eps: float = 1e-6,
 ) -> Float[Tensor, "*B D"]:
-    """Each row with mean square 1, times `weight`; by hand.
-
-    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
-    """
+    """Each row with mean square 1, times `weight`. Source: Zhang and Sennrich, 2019."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 # %% ../nbs/12_block.ipynb #f076ab12
-def _at_least_one(**sizes: int) -> None:
-    """Raises: `ValueError` naming the first size below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, not {size}")
-
-
+#| code-fold: true
 class LayerNorm(nn.Module):
     """`layer_norm` with weights that learn, on torch's fused kernel."""
 
@@ -60,9 +49,7 @@ class LayerNorm(nn.Module):
         eps: float = 1e-5,  # added to the variance
         bias: bool = True,
     ):
-        """Raises: `ValueError` for a width below 1."""
         super().__init__()
-        _at_least_one(d_model=d_model)
         self.weight = nn.Parameter(torch.ones(d_model))
         self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
         self.eps = eps
@@ -80,9 +67,7 @@ class RMSNorm(nn.Module):
         d_model: int,  # D
         eps: float = 1e-6,  # added to the mean square
     ):
-        """Raises: `ValueError` for a width below 1."""
         super().__init__()
-        _at_least_one(d_model=d_model)
         self.weight, self.eps = nn.Parameter(torch.ones(d_model)), eps
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
@@ -95,14 +80,8 @@ def gelu_tanh(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     return F.gelu(x, approximate="tanh")
 
 # %% ../nbs/12_block.ipynb #ac6183fd
-def _refuse_dropout(dropout: float) -> None:
-    """Raises: `ValueError` for a share that is not from 0 to below 1."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be from 0 to below 1, not {dropout}")
-
-
 class FeedForward(nn.Module):
-    """Up to a larger width, a bend, and down again, for each place alone."""
+    """Up to a larger width, an activation function, and down again, for each position alone."""
 
     def __init__(
         self,
@@ -112,10 +91,7 @@ class FeedForward(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,  # share of the F numbers that is silenced in training
     ):
-        """Raises: `ValueError` for a width below 1, dropout outside 0 … 1."""
         super().__init__()
-        _at_least_one(d_model=d_model, d_ff=d_ff)
-        _refuse_dropout(dropout)
         self.up, self.down = nn.Linear(d_model, d_ff, bias), nn.Linear(d_ff, d_model, bias)
         self.activation, self.dropout = activation, nn.Dropout(dropout)
 
@@ -125,16 +101,14 @@ class FeedForward(nn.Module):
 
 # %% ../nbs/12_block.ipynb #208711ce
 class SwiGLU(nn.Module):
-    """A feed-forward whose numbers pass a gate. Source: Shazeer, GLU Variants, 2020, equation 6."""
+    """A feed-forward layer with a gate. Source: Shazeer, GLU Variants, 2020, equation 6."""
 
     def __init__(
         self,
         d_model: int,  # D
         d_ff: int,  # F; 8/3 D has as many weights as a FeedForward of 4 D
     ):
-        """Raises: `ValueError` for a width below 1."""
         super().__init__()
-        _at_least_one(d_model=d_model, d_ff=d_ff)
         self.gate = nn.Linear(d_model, d_ff, bias=False)
         self.up = nn.Linear(d_model, d_ff, bias=False)
         self.down = nn.Linear(d_ff, d_model, bias=False)
@@ -144,8 +118,9 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 # %% ../nbs/12_block.ipynb #014f3087
+#| code-fold: true
 class Block(nn.Module):
-    """Attention between places, then work at each place, both added to a residual stream."""
+    """Attention between positions, then work at each of them, both added to a residual stream."""
 
     def __init__(
         self,
@@ -156,9 +131,7 @@ class Block(nn.Module):
         pre_norm: bool = True,  # each part reads a normalised copy; else the sums are normalised
         dropout: float = 0.0,  # share of what a part adds that is silenced in training
     ):
-        """Raises: `ValueError` for dropout outside 0 … 1."""
         super().__init__()
-        _refuse_dropout(dropout)
         self.attention, self.feed_forward = attention, feed_forward
         self.attention_norm, self.feed_forward_norm = norm(), norm()
         self.pre_norm, self.dropout = pre_norm, nn.Dropout(dropout)
@@ -168,7 +141,7 @@ class Block(nn.Module):
         x: Float[Tensor, "B T D"],
         mask: Tensor | None = None,  # as for `MultiHeadAttention`
         *,
-        causal: bool = False,  # no place sees what comes after it
+        causal: bool = False,  # no position sees what comes after it
         cache: KVCache | None = None,  # keys and values of what came before `x`
     ) -> Float[Tensor, "B T D"]:
         """The stream, with what both parts have added."""

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['HOFFMANN', 'BESIROGLU', 'H100_BF16', 'training_flops', 'count_parameters', 'ScalingLaw', 'loss_at', 'compute_optimal',
-           'train_branches', 'fit_power_law', 'bootstrap_laws', 'rented_flops', 'Plan', 'plan_training']
+           'steps_before_decay', 'train_branches', 'residuals_and_slopes', 'huber', 'gauss_newton', 'fit_power_law',
+           'bootstrap_laws', 'rented_flops', 'Plan', 'plan_training']
 
 # %% ../nbs/18_scaling.ipynb #b2ece5e3
+#| code-fold: true
 import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,21 +22,41 @@ from jaxtyping import Float
 from torch import nn
 
 from .gpt import GPT, GPTConfig
-from .train import TrainConfig, _draw, _update, evaluate, make_optimizers
+from .lab import require
+from .train import Run, TrainConfig, evaluate, steps
+
+# %% ../nbs/18_scaling.ipynb #11b84e24
+def _require_positive(**values) -> None:
+    for name, value in values.items():
+        holds = np.all(np.asarray(value) > 0) and np.all(np.isfinite(value))
+        require(holds, name, "above 0 and finite", value)
+
+
+def _require_one_family(configs: Sequence[TrainConfig]) -> None:
+    """Of the same settings but for their lengths, the shortest first."""
+    lengths = [config.max_steps for config in configs]
+    require(lengths and lengths == sorted(set(lengths)),
+            "configs", "at least one, in order of max_steps", lengths)
+    for config in configs:
+        same = replace(config, max_steps=lengths[-1]) == configs[-1]
+        require(same, "configs", "the same but for max_steps", config)
+
+
+def _logs_of_runs(n_params, n_tokens, losses, delta: float) -> np.ndarray:
+    _require_positive(n_params=n_params, n_tokens=n_tokens, losses=losses, delta=delta)
+    runs = np.array([n_params, n_tokens, losses], float)
+    numbers = runs.shape[1], len(np.unique(runs[0])), len(np.unique(runs[1]))
+    require(numbers[0] >= 6 and min(numbers) >= 3,
+            "runs", "at least 6, of at least 3 sizes and 3 lengths", numbers)
+    return np.log(runs)
 
 # %% ../nbs/18_scaling.ipynb #b9ea08f0
-def _refuse_unless_positive(**values) -> None:
-    for name, value in values.items():
-        if not (np.all(np.asarray(value) > 0) and np.all(np.isfinite(value))):
-            raise ValueError(f"{name} must be above 0 and finite, not {value}")
-
-
 def training_flops(
     n_params,  # N, a number or an array
     n_tokens,  # D, counted again each time they are read
 ) -> np.ndarray | float:
-    """Operations of a training run, 6 N D: without those of attention between places."""
-    _refuse_unless_positive(n_params=n_params, n_tokens=n_tokens)
+    """Operations of a training run, 6 N D: without those of attention between positions."""
+    _require_positive(n_params=n_params, n_tokens=n_tokens)
     return 6.0 * n_params * n_tokens
 
 
@@ -58,10 +82,8 @@ class ScalingLaw:
     beta: float
 
     def __post_init__(self):
-        """Raises: `ValueError` for a number that is not above 0; E may be 0."""
-        if not 0 <= self.E < math.inf:
-            raise ValueError(f"E must be at least 0 and finite, not {self.E}")
-        _refuse_unless_positive(A=self.A, alpha=self.alpha, B=self.B, beta=self.beta)
+        require(0 <= self.E < math.inf, "E", "at least 0 and finite", self.E)
+        _require_positive(A=self.A, alpha=self.alpha, B=self.B, beta=self.beta)
 
 
 def loss_at(
@@ -70,7 +92,7 @@ def loss_at(
     n_tokens,  # D
 ) -> np.ndarray | float:
     """The loss that the law predicts. Raises: `ValueError` for what is not above 0."""
-    _refuse_unless_positive(n_params=n_params, n_tokens=n_tokens)
+    _require_positive(n_params=n_params, n_tokens=n_tokens)
     N, D = np.asarray(n_params, float), np.asarray(n_tokens, float)
     return law.E + law.A / N**law.alpha + law.B / D**law.beta
 
@@ -83,32 +105,17 @@ def compute_optimal(
 
     Source: Hoffmann et al. 2022, equation 4.
     """
-    _refuse_unless_positive(flops=flops)
+    _require_positive(flops=flops)
     total = law.alpha + law.beta
     G = (law.alpha * law.A / (law.beta * law.B)) ** (1 / total)
     product = np.asarray(flops, float) / 6
     return G * product ** (law.beta / total), product ** (law.alpha / total) / G
 
 # %% ../nbs/18_scaling.ipynb #1c953ec7
-def _stable_steps(config: TrainConfig) -> int:
+def steps_before_decay(config: TrainConfig) -> int:
     """How many steps there are before the learning rate falls for the first time."""
     shares = [config.lr_share(step) for step in range(config.max_steps)]
     return next((i for i in range(1, len(shares)) if shares[i] < shares[i - 1]), len(shares))
-
-
-def _advance(model: nn.Module, optimizers: list, tokens, config: TrainConfig, steps: range,
-             generator: torch.Generator) -> None:
-    for step in steps:
-        _update(model, optimizers, _draw(model, tokens, config, generator), config, step)
-
-
-def _refuse_configs(configs: Sequence[TrainConfig]) -> None:
-    lengths = [config.max_steps for config in configs]
-    if not lengths or lengths != sorted(set(lengths)):
-        raise ValueError(f"configs must be in order of max_steps, at least one, not {lengths}")
-    for config in configs:
-        if replace(config, max_steps=lengths[-1]) != configs[-1]:
-            raise ValueError(f"configs must differ in max_steps only, not {config}")
 
 # %% ../nbs/18_scaling.ipynb #222149f3
 def train_branches(
@@ -117,33 +124,26 @@ def train_branches(
     tokens_val,
     configs: Sequence[TrainConfig],  # the same but for `max_steps`, shortest first; "wsd" pays
 ) -> list[dict]:
-    """What `train` reaches with each config, from one trunk that branches where each one decays.
-
-    Raises: `ValueError` for configs out of order, or that differ in more than `max_steps`.
-    """
-    _refuse_configs(configs)
-    longest, model = configs[-1], copy.deepcopy(model).train()
-    optimizers, generator = make_optimizers(model, longest), torch.Generator()
-    generator.manual_seed(longest.seed)
-    done, results = 0, []
+    """What `train` reaches with each config, from one trunk that branches where each one decays."""
+    _require_one_family(configs)
+    longest, results = configs[-1], []
+    trunk = Run(copy.deepcopy(model), replace(longest, eval_every=longest.max_steps))
+    trunk_steps = steps(trunk, tokens_train, tokens_val)
     for config in configs:
-        shared = _stable_steps(config)
-        _advance(model, optimizers, tokens_train, longest, range(done, shared), generator)
-        done, (branch, its_optimizers) = shared, copy.deepcopy((model, optimizers))
-        its_generator = torch.Generator()
-        its_generator.set_state(generator.get_state())
-        _advance(branch, its_optimizers, tokens_train, config, range(shared, config.max_steps),
-                 its_generator)
-        losses = [evaluate(each, tokens, config.seq_len, batch_size=config.batch_size,
-                           n_windows=config.eval_windows, precision=config.precision)
-                  for each, tokens in ((branch, tokens_val), (branch, tokens_train),
-                                       (model, tokens_val))]
-        results.append({"steps": config.max_steps, "trunk_steps": shared}
-                       | dict(zip(("loss", "train_loss", "trunk_loss"), losses)))
+        list(islice(trunk_steps, steps_before_decay(config) - trunk.step))
+        branch = replace(copy.deepcopy(trunk), config=replace(config, eval_every=config.max_steps))
+        list(steps(branch, tokens_train, tokens_val))
+        ask = partial(evaluate, seq_len=config.seq_len, batch_size=config.batch_size,
+                      n_windows=config.eval_windows, precision=config.precision)
+        trunk_loss = ask(trunk.model, tokens_val)  # that of the branch, where nothing decays
+        results.append({"steps": config.max_steps, "trunk_steps": trunk.step,
+                        "loss": branch.history[-1].get("val_loss", trunk_loss),
+                        "train_loss": ask(branch.model, tokens_train), "trunk_loss": trunk_loss})
     return results
 
 # %% ../nbs/18_scaling.ipynb #d0e405b7
-def _residuals(
+#| code-fold: true
+def residuals_and_slopes(
     theta: Float[np.ndarray, "fits 5"],  # logs of E, of the other two terms and their exponents
     log_n: Float[np.ndarray, "runs"],
     log_d: Float[np.ndarray, "runs"],
@@ -159,47 +159,37 @@ def _residuals(
     return predicted - log_loss, np.stack(slopes, axis=-1)
 
 
-def _huber(residuals: np.ndarray, delta: float) -> np.ndarray:
+def huber(residuals: np.ndarray, delta: float) -> np.ndarray:
+    """Half the square up to `delta`, and from there on a straight line."""
     size = np.abs(residuals)
     return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
 
-# %% ../nbs/18_scaling.ipynb #b82e8025
-def _descend(
+
+def gauss_newton(
     theta: Float[np.ndarray, "fits 5"],  # where to start
     data: tuple,  # logs of N, D and loss
     counts: Float[np.ndarray, "fits runs"],  # how often each run counts
     delta: float,
-    n_rounds: int = 60,
 ) -> tuple[Float[np.ndarray, "fits 5"], Float[np.ndarray, "fits"]]:
     """Damped Gauss–Newton for many fits at once; where they end, and the Huber loss there."""
     damping = np.full(len(theta), 1e-2)
-    residuals, slopes = _residuals(theta, *data)
-    loss = (counts * _huber(residuals, delta)).sum(-1)
-    for _ in range(n_rounds):
+    residuals, slopes = residuals_and_slopes(theta, *data)
+    loss = (counts * huber(residuals, delta)).sum(-1)
+    for _ in range(60):
         weights = counts * np.minimum(1, delta / np.maximum(np.abs(residuals), 1e-12))
         weighted = (weights[..., None] * slopes).swapaxes(-1, -2)
         curvature, gradient = weighted @ slopes, weighted @ residuals[..., None]
         diagonal = np.einsum("fii->fi", curvature)  # a view
         diagonal += damping[:, None] * diagonal + 1e-9
         trial = theta - np.linalg.solve(curvature, gradient)[..., 0].clip(-1, 1)
-        its_residuals, its_slopes = _residuals(trial, *data)
-        its_loss = (counts * _huber(its_residuals, delta)).sum(-1)
+        its_residuals, its_slopes = residuals_and_slopes(trial, *data)
+        its_loss = (counts * huber(its_residuals, delta)).sum(-1)
         better = its_loss < loss
         theta, loss = np.where(better[:, None], trial, theta), np.where(better, its_loss, loss)
         residuals = np.where(better[:, None], its_residuals, residuals)
         slopes = np.where(better[:, None, None], its_slopes, slopes)
         damping = np.where(better, damping / 3, damping * 4).clip(1e-9, 1e9)
     return theta, loss
-
-# %% ../nbs/18_scaling.ipynb #036426bc
-def _checked(n_params, n_tokens, losses, delta: float) -> np.ndarray:
-    _refuse_unless_positive(n_params=n_params, n_tokens=n_tokens, losses=losses, delta=delta)
-    runs = np.array([n_params, n_tokens, losses], float)
-    if min(map(len, map(np.unique, runs[:2]))) < 3 or runs.shape[1] < 6:
-        raise ValueError("runs must be at least 6, of at least 3 sizes and 3 lengths, "
-                         f"not {runs.shape[1]}, {len(np.unique(runs[0]))} and "
-                         f"{len(np.unique(runs[1]))}")
-    return np.log(runs)
 
 
 def _fit(logs: np.ndarray, counts: np.ndarray, delta: float) -> list[ScalingLaw]:
@@ -210,7 +200,7 @@ def _fit(logs: np.ndarray, counts: np.ndarray, delta: float) -> list[ScalingLaw]
               for share in (0.3, 0.8) for alpha in (0.3, 0.8) for beta in (0.3, 0.8)]
     theta = np.tile(starts, (len(counts), 1)) + logs[2].mean() * np.array([1, 1, 0, 1, 0])
     data = (logs[0] - middle[0], logs[1] - middle[1], logs[2])
-    theta, loss = _descend(theta, data, counts.repeat(len(starts), 0), delta)
+    theta, loss = gauss_newton(theta, data, counts.repeat(len(starts), 0), delta)
     best = loss.reshape(len(counts), -1).argmin(1)
     e, a, alpha, b, beta = theta.reshape(len(counts), len(starts), 5)[range(len(counts)), best].T
     alpha, beta = np.exp(alpha), np.exp(beta)
@@ -219,6 +209,7 @@ def _fit(logs: np.ndarray, counts: np.ndarray, delta: float) -> list[ScalingLaw]
     return [ScalingLaw(*map(float, row)) for row in zip(*columns)]
 
 # %% ../nbs/18_scaling.ipynb #03ea4196
+#| code-fold: true
 def fit_power_law(
     n_params,  # N of each run
     n_tokens,  # D of each run
@@ -231,7 +222,7 @@ def fit_power_law(
     Raises: `ValueError` for what is not above 0, or too few runs, sizes or lengths.
     Source: Hoffmann et al. 2022, approach 3.
     """
-    logs = _checked(n_params, n_tokens, losses, delta)
+    logs = _logs_of_runs(n_params, n_tokens, losses, delta)
     return _fit(logs, np.ones((1, logs.shape[1])), delta)[0]
 
 
@@ -248,7 +239,7 @@ def bootstrap_laws(
 
     Raises: as `fit_power_law`.
     """
-    logs = _checked(n_params, n_tokens, losses, delta)
+    logs = _logs_of_runs(n_params, n_tokens, losses, delta)
     n_runs = logs.shape[1]
     counts = generator.multinomial(n_runs, np.full(n_runs, 1 / n_runs), n_resamples)
     return _fit(logs, counts.astype(float), delta)
@@ -258,6 +249,7 @@ HOFFMANN = ScalingLaw(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
 BESIROGLU = ScalingLaw(E=1.8172, A=482.01, alpha=0.3478, B=2085.43, beta=0.3658)
 
 # %% ../nbs/18_scaling.ipynb #08098439
+#| code-fold: true
 H100_BF16 = 989e12  # operations per second at most, from NVIDIA's data sheet (dense, SXM)
 
 
@@ -268,9 +260,8 @@ def rented_flops(
     mfu: float = 0.4,  # the share of the peak that training gets, up to 1
 ) -> float:
     """The C that so many hours buy. Raises: `ValueError` for what is out of range."""
-    _refuse_unless_positive(gpu_hours=gpu_hours, peak_flops=peak_flops, mfu=mfu)
-    if mfu > 1:
-        raise ValueError(f"mfu must be above 0 and at most 1, not {mfu}")
+    _require_positive(gpu_hours=gpu_hours, peak_flops=peak_flops, mfu=mfu)
+    require(mfu <= 1, "mfu", "at most 1", mfu)
     return gpu_hours * 3600 * peak_flops * mfu
 
 
@@ -286,7 +277,7 @@ class Plan:
     days: float
     cost: float  # in the currency of the price
 
-# %% ../nbs/18_scaling.ipynb #b886d5f4
+
 def plan_training(
     law: ScalingLaw,
     flops: float,  # C
@@ -298,10 +289,10 @@ def plan_training(
     price: float = 2.0,  # of a GPU hour
 ) -> Plan:
     """Size, tokens, time and cost for a budget. Raises: `ValueError` for what is out of range."""
-    _refuse_unless_positive(flops=flops, n_gpus=n_gpus, price=price)
+    _require_positive(flops=flops, n_gpus=n_gpus, price=price)
     if n_params is None:
         n_params = float(compute_optimal(law, flops)[0])
-    _refuse_unless_positive(n_params=n_params)
+    _require_positive(n_params=n_params)
     n_tokens = flops / 6 / n_params
     hours = flops / rented_flops(1.0, peak_flops=peak_flops, mfu=mfu)
     return Plan(flops, n_params, n_tokens, float(loss_at(law, n_params, n_tokens)), hours,

@@ -1,5 +1,7 @@
 """Chapter 10: attention against loops, torch's function and torch's module; masks, groups, cache."""
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -261,7 +263,7 @@ def test_rotary_attention_depends_on_distance_only():
     cache = KVCache(1, 2, 40, 4)
     with torch.no_grad():
         layer(randn(1, 7, 8), causal=True, cache=cache)
-        mask = torch.arange(12) >= 7  # nobody attends to what came first
+        mask = torch.arange(12) >= 7  # no query attends to what came first
         close(layer(x, mask=mask, causal=True, cache=cache), layer(x, causal=True), atol=1e-5, rtol=1e-4)
 
 
@@ -278,7 +280,7 @@ def test_cache_forgets_and_refuses():
     cache, x = KVCache(1, 2, 3, 4), randn(1, 2, 2, 4)
     k, v = cache.update(x, -x)
     assert torch.equal(k, x) and torch.equal(v, -x) and cache.length == 2
-    with pytest.raises(ValueError, match="max_len is 3 places: 2 are taken, and 2 more do not fit"):
+    with pytest.raises(ValueError, match=r"max_len must be at least 2 \+ 2 positions, not 3"):
         cache.update(x, x)
     with pytest.raises(RuntimeError, match="no_grad"):
         cache.update(x[:, :, :1].clone().requires_grad_(), x[:, :, :1])
@@ -287,7 +289,7 @@ def test_cache_forgets_and_refuses():
     k, _ = cache.update(2 * x, x)
     assert torch.equal(k, torch.cat([x[:, :, :1], 2 * x], 2))
     for other in (randn(2, 2, 1, 4), randn(1, 1, 1, 4), randn(1, 2, 1, 3)):
-        with pytest.raises(ValueError, match=r"shape \(1, 2, T, 4\)"):
+        with pytest.raises(ValueError, match=r"k and v must be \(1, 2, 1, 4\) in shape, not \("):
             KVCache(1, 2, 3, 4).update(other, other)
     half = KVCache(1, 2, 3, 4, dtype=torch.bfloat16)
     assert half.k.dtype == half.v.dtype == torch.bfloat16
@@ -329,18 +331,101 @@ def test_names_and_layout_of_the_weights():
      "context must be None"),
     (lambda: MultiHeadAttention(4, 2, rope=RotaryEmbedding(2, 4))(randn(1, 2, 4), randn(1, 2, 4)),
      "context must be None"),
-    (lambda: MultiHeadAttention(10, 3), "n_heads must divide d_model = 10, not be 3"),
-    (lambda: MultiHeadAttention(10, 0), "n_heads must divide"),
-    (lambda: MultiHeadAttention(8, 4, 3), "n_kv_heads must divide n_heads = 4, not be 3"),
-    (lambda: MultiHeadAttention(8, 4, 0), "n_kv_heads must"),
-    (lambda: MultiHeadAttention(8, 4, head_dim=0), "head_dim must be at least 1, not 0"),
-    (lambda: MultiHeadAttention(8, 4, dropout=1.0), "dropout must be from 0 to below 1"),
-    (lambda: MultiHeadAttention(8, 4, q_norm=nn.RMSNorm(2)), "q_norm and k_norm"),
-    (lambda: KVCache(1, 2, 0, 4), "must be at least 1"),
+    (lambda: MultiHeadAttention(10, 3), "n_heads must be a divisor of 10, not 3"),
 ])
 def test_refuses(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 5), (2, 5, 5), (1, 5, 5), (7, 5, 5)])
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_mask_of_three_axes_is_refused(shape, weights):
+    """Where B equals H it could be meant per row or per head, and no shape would tell."""
+    for mask in (torch.ones(shape, dtype=torch.bool), torch.zeros(shape)):
+        with pytest.raises(ValueError, match=r"mask must be \(B, 1, T, S\) or \(1, H, T, S\), not '3 axes'"):
+            MultiHeadAttention(8, 2)(randn(2, 5, 8), mask=mask, return_weights=weights)
+
+
+@given(st.integers(1, 4), st.sampled_from([1, 2, 4]), st.booleans(), st.booleans(), seeds)
+def test_four_axes_say_whether_a_mask_is_for_rows_or_for_heads(B, H, causal, weights, seed):
+    torch.manual_seed(seed)
+    layer, x = MultiHeadAttention(8, H), randn(B, 3, 8, seed=seed)
+
+    def attend(x, mask):
+        out = layer(x, mask=mask, causal=causal, return_weights=weights)
+        return out[0] if weights else out
+
+    rows = random_mask(3 * B, 3, seed).view(B, 1, 3, 3)
+    close(attend(x, rows), torch.cat([attend(x[b:b + 1], rows[b, 0]) for b in range(B)]))
+    bias, heads = randn(1, H, 3, 3, seed=seed), []
+    for h in range(H):  # the weights of head h are those of a layer in which all heads have its mask
+        heads.append(layer(x, mask=bias[:, h:h + 1], causal=causal, return_weights=True)[1][:, h])
+    close(layer(x, mask=bias, causal=causal, return_weights=True)[1], torch.stack(heads, 1))
+    close(attend(x, bias), layer(x, mask=bias, causal=causal, return_weights=True)[0], atol=1e-5, rtol=1e-4)
+
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("mask_dtype", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS[:3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_floats_of_any_dtype_are_added(mask_dtype, dtype, causal):
+    torch.manual_seed(0)
+    layer, x = MultiHeadAttention(32, 4).to(dtype), randn(2, 5, 32).to(dtype)
+    mask = randn(5, 5).to(torch.bfloat16).to(mask_dtype)
+    found, (plain, _) = (layer(x, mask=mask, causal=causal, return_weights=w) for w in (False, True))
+    assert found.dtype == plain.dtype == dtype
+    close(found, plain, atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2)
+    close(found, layer(x, mask=mask.to(dtype), causal=causal), atol=0, rtol=0)
+
+
+def test_a_norm_of_queries_alone():
+    layer, x = MultiHeadAttention(8, 2, q_norm=nn.RMSNorm(4)), randn(2, 3, 8)
+    q, k, v = (getattr(layer, f"{name}_proj")(x).unflatten(-1, (2, 4)).transpose(1, 2) for name in "qkv")
+    expected = F.scaled_dot_product_attention(layer.q_norm(q), k, v)
+    close(layer(x), layer.o_proj(expected.transpose(1, 2).flatten(2)))
+
+
+TRACED = """
+import torch
+from llm_book.attention import MultiHeadAttention
+from llm_book.positions import RotaryEmbedding
+
+layer, kinds = MultiHeadAttention(16, 4, 2, rope=RotaryEmbedding(4, 64)).eval(), ("plain", "masked")
+
+class Causal(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, mask=None):
+        return self.layer(x, mask=mask, causal=True)
+
+def inputs(kind, B, T):
+    mask = torch.ones(B, 1, 1, T, dtype=torch.bool)
+    mask[0, ..., -1] = False
+    return (torch.randn(B, T, 16),) + ((mask,) if kind == "masked" else ())
+
+for kind in kinds:
+    B, T = torch.export.Dim("B"), torch.export.Dim("T", min=2, max=64)
+    shapes = ({0: B, 1: T}, {0: B, 3: T})[:len(inputs(kind, 2, 7))]
+    program = torch.export.export(Causal(), inputs(kind, 2, 7), dynamic_shapes=shapes).module()
+    compiled = torch.compile(Causal(), fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((3, 9), (4, 20)):
+        given = inputs(kind, *size)
+        for traced in (program, compiled):
+            torch.testing.assert_close(traced(*given), Causal()(*given))
+x = torch.randn(3, 7, 16)
+each = torch.vmap(lambda row: layer(row[None], causal=True)[0])(x)
+torch.testing.assert_close(each, layer(x, causal=True))
+"""
+
+
+def test_exports_compiles_and_vmaps_with_any_length():
+    """In a process of its own, because no tracer follows the type checks of these tests."""
+    subprocess.run([sys.executable, "-c", TRACED], check=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

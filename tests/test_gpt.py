@@ -435,7 +435,7 @@ def test_bad_calls():
         with pytest.raises(ValueError, match="at place 24 at most, not at 25"):
             model(ids(T=1), cache=cache)
         small = model.new_cache(3, max_len=4)
-        with pytest.raises(ValueError, match="4 places"):
+        with pytest.raises(ValueError, match=r"max_len must be at least 0 \+ 5"):
             model(ids(T=5), cache=small)
 
 

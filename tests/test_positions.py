@@ -1,17 +1,22 @@
 """Chapter 11: sinusoids, learned, rotary and ALiBi against references, and the shift property."""
 import copy
+import gc
 import math
+import pickle
+import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 from transformers import LlamaConfig
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from llm_book.attention import KVCache, MultiHeadAttention, attention_weights
+from llm_book.gpt import GPT, GPTConfig
 from llm_book.positions import (
     LearnedPositions,
     PositionalEncoding,
@@ -73,7 +78,7 @@ def test_positional_encoding_drops_in_training_only():
     kept = out != 0
     assert 0.4 < kept.float().mean() < 0.6
     assert_close(out[kept], 2 * (x + sinusoidal(10, 8))[kept])
-    assert PositionalEncoding(8).dropout.p == 0.1 and len(PositionalEncoding(8).table) == 5000
+    assert PositionalEncoding(8).dropout.p == 0.1 and PositionalEncoding(8).table.shape == (5000, 8)
 
 
 def test_dtypes_stay_what_they_are():
@@ -153,7 +158,7 @@ def test_scores_depend_on_the_distance_alone(interleaved, t, s, shift, K, seed):
 
 @conventions
 @given(T=st.integers(1, 50), K=even, seed=seeds)
-def test_turning_keeps_lengths_and_place_zero(interleaved, T, K, seed):
+def test_turning_keeps_lengths_and_position_zero(interleaved, T, K, seed):
     x, rope = random(seed, 2, T, K), RotaryEmbedding(K, 50, interleaved=interleaved)
     assert_close(rope(x).norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(rope(x)[:, 0], x[:, 0])
@@ -180,17 +185,106 @@ def test_mixed_conventions_lose_the_shift_property():
     assert abs(near - far) > 0.1
 
 
-def test_tables_do_not_suffer_when_the_model_is_in_bfloat16():
-    exact, low = RotaryEmbedding(64, 4096), RotaryEmbedding(64, 4096).bfloat16()
-    assert low.cos.dtype == torch.bfloat16
-    assert (low.cos.float() - exact.cos).abs().max() < 2**-8
+TABLES = {"rotary": lambda: RotaryEmbedding(64, 300), "interleaved": lambda: RotaryEmbedding(64, 300, 500.0, True),
+          "sinusoidal": lambda: PositionalEncoding(64, 0.0, 300)}
+CASTS = {"bfloat16": lambda m: m.bfloat16(), "half": lambda m: m.half(), "to": lambda m: m.to(torch.bfloat16),
+         "double": lambda m: m.double(), "device": lambda m: m.to("meta").to_empty(device="cpu"),
+         "inside another": lambda m: torch.nn.Sequential(m).bfloat16()[0]}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_lose_nothing_when_a_model_is_cast(table, cast):
+    exact, x = TABLES[table](), random(0, 1, 300, 64)
+    changed = CASTS[cast](TABLES[table]())
+    assert changed.table.dtype == torch.float32 and torch.equal(changed.table, exact.table)
+    assert torch.equal(changed.float()(x), exact(x))
+    assert torch.equal(changed.bfloat16()(x.bfloat16()), exact(x.bfloat16()))
+
+
+def test_tables_do_not_depend_on_the_default_dtype():
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
-        born_low = RotaryEmbedding(64, 4096)
+        born_low = RotaryEmbedding(48, 4096)
     finally:
         torch.set_default_dtype(before)
-    assert born_low.cos.dtype == torch.float32 and torch.equal(born_low.cos, exact.cos)
+    assert born_low.table.dtype == torch.float32 and torch.equal(born_low.table, RotaryEmbedding(48, 4096).table)
+    assert torch.equal(born_low.table, torch.cat([f(angles(4096, 48)) for f in (torch.cos, torch.sin)], -1))
+
+
+def llama():
+    """A small rotary model whose weights a bfloat16 can hold."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(65, 128, 2, 32, 2, positions="rotary", norm="rms", bias="none")).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+    return model
+
+
+def test_a_model_that_was_in_bfloat16_is_what_it_was(tmp_path):
+    model, ids = llama(), torch.randint(65, (2, 100), generator=torch.Generator().manual_seed(0))
+    logits = model(ids)[0]
+    model.save_pretrained(tmp_path)
+    for again in (copy.deepcopy(model).bfloat16().float(), GPT.from_pretrained(tmp_path, dtype=torch.bfloat16).float()):
+        assert torch.equal(again.eval()(ids)[0], logits)
+
+
+def test_all_layers_share_one_table_and_it_goes_with_the_last_of_them():
+    one, other = llama(), llama()
+    tables = {block.attention.rope.table.data_ptr() for model in (one, other) for block in model.blocks}
+    assert len(tables) == 1
+    one.bfloat16()
+    assert {block.attention.rope.table.data_ptr() for block in one.blocks} == tables
+    assert not any("rope" in name for name in one.state_dict())
+    rope = RotaryEmbedding(6, 77)
+    for same in (RotaryEmbedding(6, 77), RotaryEmbedding(6, 77, interleaved=True), copy.deepcopy(rope).float()):
+        assert same.table.data_ptr() == rope.table.data_ptr()
+    for different in (RotaryEmbedding(6, 78), RotaryEmbedding(8, 77), RotaryEmbedding(6, 77, 500.0)):
+        assert different.table.shape != rope.table.shape or not torch.equal(different.table, rope.table)
+    memory = weakref.ref(rope.shared)
+    del rope, same
+    gc.collect()
+    assert memory() is None
+
+
+def test_tables_made_under_a_mode_do_not_reach_others():
+    with torch.inference_mode():
+        inside = RotaryEmbedding(10, 33)
+    rope, x = RotaryEmbedding(10, 33), random(0, 33, 10).requires_grad_()
+    rope(x).sum().backward()  # an inference tensor could not be saved for it
+    assert inside.table.data_ptr() == rope.table.data_ptr()
+    with FakeTensorMode():
+        fake = RotaryEmbedding(10, 33)
+        assert fake(torch.zeros(2, 5, 10)).shape == (2, 5, 10)
+    with torch.device("meta"):
+        assert RotaryEmbedding(10, 33).table.is_meta
+    assert type(RotaryEmbedding(10, 33).table) is torch.Tensor and torch.equal(RotaryEmbedding(10, 33)(x), rope(x))
+
+
+def test_what_a_wrapper_puts_into_a_buffer_stays_in_it():
+    """FSDP moves a model by exchanging the data of its parameters and buffers."""
+    one, other = RotaryEmbedding(10, 35), RotaryEmbedding(10, 35)
+    one.table.data = one.table.double() + 1
+    assert one.table.dtype == torch.float64 and other.table.dtype == torch.float32
+    assert torch.equal(other.table, RotaryEmbedding(10, 35).table) and torch.equal(one.float().table, other.table)
+
+
+def test_tables_survive_pickling():
+    rope, x = RotaryEmbedding(10, 33), random(0, 33, 10)
+    assert torch.equal(pickle.loads(pickle.dumps(rope))(x), rope(x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tables_on_a_gpu():
+    rope, x = RotaryEmbedding(64, 300), random(0, 300, 64)
+    moved = copy.deepcopy(rope).bfloat16().to("cuda").float()
+    assert torch.equal(moved.table.cpu(), rope.table) and moved.cpu().table.data_ptr() == rope.table.data_ptr()
+    with torch.device("cuda"):
+        born = RotaryEmbedding(64, 300)
+    assert torch.equal(born.table.cpu(), rope.table)
+    assert_close(born(x.cuda()).cpu(), rope(x))
 
 
 def test_one_step_at_a_time_equals_all_at_once():
@@ -235,14 +329,14 @@ def test_weights_are_those_of_bloom(H, T, seed):
 def test_bias_combines_with_the_causal_mask_and_a_cache():
     layer, x = MultiHeadAttention(32, 4), random(0, 2, 10, 32)
     bias = alibi_bias(4, 10)
-    whole, weights = layer(x, mask=bias, causal=True, return_weights=True)
-    assert_close(layer(x, mask=bias, causal=True), whole)
+    whole, weights = layer(x, mask=bias[None], causal=True, return_weights=True)
+    assert_close(layer(x, mask=bias[None], causal=True), whole)
     assert (weights.triu(1) == 0).all()
-    assert_close(layer(x[:, :4], mask=alibi_bias(4, 4), causal=True), whole[:, :4])
+    assert_close(layer(x[:, :4], mask=alibi_bias(4, 4)[None], causal=True), whole[:, :4])
     cache = KVCache(2, 4, 10, 8)
     with torch.no_grad():
-        layer(x[:, :6], mask=alibi_bias(4, 6), causal=True, cache=cache)
-        rest = layer(x[:, 6:], mask=bias[:, 6:], causal=True, cache=cache)
+        layer(x[:, :6], mask=alibi_bias(4, 6)[None], causal=True, cache=cache)
+        rest = layer(x[:, 6:], mask=bias[None, :, 6:], causal=True, cache=cache)
     assert_close(rest, whole[:, 6:])
 
 
@@ -250,14 +344,14 @@ def test_bias_combines_with_the_causal_mask_and_a_cache():
 
 
 @given(seeds)
-def test_attention_is_equivariant_until_it_knows_places(seed):
+def test_attention_is_equivariant_until_it_knows_positions(seed):
     torch.manual_seed(seed)
     plain = MultiHeadAttention(16, 2)
     turned = MultiHeadAttention(16, 2, rope=RotaryEmbedding(8, 9))
     x, order = torch.randn(1, 9, 16), torch.arange(9).flip(0).roll(1)
     assert_close(plain(x[:, order]), plain(x)[:, order], atol=1e-5, rtol=1e-4)
     bias, encode = alibi_bias(2, 9), PositionalEncoding(16).eval()
-    for attend in (turned, lambda x: plain(x, mask=bias), lambda x: plain(encode(x))):
+    for attend in (turned, lambda x: plain(x, mask=bias[None]), lambda x: plain(encode(x))):
         assert not torch.allclose(attend(x[:, order]), attend(x)[:, order], atol=1e-4)
 
 
@@ -268,24 +362,24 @@ X = torch.zeros(1, 6, 4)
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (lambda: angles(3, 5), "must be even and at least 2, not 5"),
-    (lambda: sinusoidal(3, 0), "must be even and at least 2, not 0"),
-    (lambda: sinusoidal(-1, 4), "T must be at least 0 and theta above 0, not -1"),
-    (lambda: angles(3, 4, 0.0), "theta above 0, not 3 and 0.0"),
+    (lambda: angles(3, 5), "the width, must be even, not 5"),
+    (lambda: angles(3, 4, 0.0), "theta must be above 0, not 0.0"),
     (lambda: PositionalEncoding(7), "even"),
     (lambda: RotaryEmbedding(7, 10), "even"),
-    (lambda: PositionalEncoding(4, max_len=5)(X), "x must have at most 5 places, not 6"),
-    (lambda: LearnedPositions(5, 4)(X), "x must have at most 5 places, not 6"),
-    (lambda: RotaryEmbedding(4, 5)(X), "x must have at most 5 places, not 6"),
-    (lambda: LearnedPositions(8, 4)(X, torch.arange(3, 9)), "positions must be from 0 to 7, not 3 … 8"),
-    (lambda: RotaryEmbedding(4, 8)(X, torch.arange(3, 9)), "positions must be from 0 to 7, not 3 … 8"),
-    (lambda: RotaryEmbedding(4, 8)(X, torch.arange(-1, 5)), "positions must be from 0 to 7, not -1 … 4"),
-    (lambda: alibi_slopes(0), "H must be at least 1, not 0"),
-    (lambda: alibi_bias(0, 3), "H must be at least 1, not 0"),
+    (lambda: PositionalEncoding(4, max_len=5)(X), "x must be at most 5 positions long, not 6"),
+    (lambda: LearnedPositions(1, 4)(X), "x must be at most 1 positions long, not 6"),
+    (lambda: RotaryEmbedding(4, 5)(X), "x must be at most 5 positions long, not 6"),
 ])
 def test_refuses(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("module", [LearnedPositions(8, 4), RotaryEmbedding(4, 8)])
+@pytest.mark.parametrize("positions", [torch.arange(3, 9), torch.arange(-1, 5)])
+def test_positions_without_a_row_are_refused(module, positions):
+    with pytest.raises(IndexError):
+        module(X, positions)
 
 
 def test_a_copy_in_another_place_agrees():

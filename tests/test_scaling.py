@@ -18,17 +18,17 @@ from llm_book.scaling import (
     H100_BF16,
     HOFFMANN,
     ScalingLaw,
-    _descend,
-    _huber,
-    _residuals,
-    _stable_steps,
     bootstrap_laws,
     compute_optimal,
     count_parameters,
     fit_power_law,
+    gauss_newton,
+    huber,
     loss_at,
     plan_training,
     rented_flops,
+    residuals_and_slopes,
+    steps_before_decay,
     train_branches,
     training_flops,
 )
@@ -177,7 +177,7 @@ def test_the_fit_is_at_least_as_good_as_lbfgs(seed, delta):
     theirs, law = lbfgs(losses, delta)
     ours = fit_power_law(SIZES, LENGTHS, losses, delta=delta)
     residuals = np.log(loss_at(ours, SIZES, LENGTHS) / losses)
-    assert _huber(residuals, delta).sum() / delta**2 <= theirs * (1 + 1e-4)
+    assert huber(residuals, delta).sum() / delta**2 <= theirs * (1 + 1e-4)
     np.testing.assert_allclose(astuple(ours), astuple(law), rtol=0.02)
 
 
@@ -231,30 +231,30 @@ def test_order_and_units_do_not_matter():
 def test_slopes_are_those_of_finite_differences():
     rng = np.random.default_rng(0)
     theta, data = rng.normal(size=(3, 5)) / 2, rng.normal(size=(3, 7))
-    _, slopes = _residuals(theta, *data)
+    _, slopes = residuals_and_slopes(theta, *data)
     for i in range(5):
         nudge = 1e-6 * np.eye(5)[i]
-        above, below = (_residuals(theta + sign * nudge, *data)[0] for sign in (1, -1))
+        above, below = (residuals_and_slopes(theta + sign * nudge, *data)[0] for sign in (1, -1))
         np.testing.assert_allclose(slopes[..., i], (above - below) / 2e-6, atol=1e-8)
 
 
 def test_huber_is_torchs():
     r = np.linspace(-0.1, 0.1, 41)
     theirs = nn.functional.huber_loss(torch.tensor(r), torch.zeros(41), reduction="none", delta=0.03)
-    np.testing.assert_allclose(_huber(r, 0.03), theirs.numpy(), atol=1e-12)
+    np.testing.assert_allclose(huber(r, 0.03), theirs.numpy(), atol=1e-12)
 
 
 def test_descent_never_climbs():
     rng = np.random.default_rng(3)
     theta, data, counts = rng.normal(size=(20, 5)), rng.normal(size=(3, 9)), np.ones((20, 9))
-    before = _huber(_residuals(theta, *data)[0], 0.01).sum(-1)
-    after, losses = _descend(theta, tuple(data), counts, 0.01, n_rounds=20)
+    before = huber(residuals_and_slopes(theta, *data)[0], 0.01).sum(-1)
+    after, losses = gauss_newton(theta, tuple(data), counts, 0.01)
     assert (losses <= before).all() and np.isfinite(after).all()
 
 
 @pytest.mark.parametrize("runs, message", [
-    (([1e4] * 6, range(1, 7), [2.0] * 6), "at least 6, of at least 3 sizes and 3 lengths, not 6, 1 and 6"),
-    (([1, 2, 3], [1, 2, 3], [2, 2, 2]), "not 3, 3 and 3"), (([1] * 6, [0] * 6, [2] * 6), "n_tokens"),
+    (([1e4] * 6, range(1, 7), [2.0] * 6), r"at least 6, of at least 3 sizes and 3 lengths, not \(6, 1, 6\)"),
+    (([1, 2, 3], [1, 2, 3], [2, 2, 2]), r"not \(3, 3, 3\)"), (([1] * 6, [0] * 6, [2] * 6), "n_tokens"),
     (([1] * 6, [1] * 6, [math.nan] * 6), "losses")])
 def test_a_fit_refuses(runs, message):
     with pytest.raises(ValueError, match=message):
@@ -315,17 +315,22 @@ def test_both_texts_are_asked():
         assert result["loss"] == evaluate(model, TOKENS[100:], 8, batch_size=config.batch_size)
 
 
-def test_stable_steps_without_decay():
-    assert _stable_steps(configs(7, min_lr=1e-2)[0]) == 7
+def test_without_decay_all_steps_come_before_it():
+    assert steps_before_decay(configs(7, min_lr=1e-2)[0]) == 7
+
+
+def test_a_branch_that_shares_all_its_steps_has_the_trunk_s_loss():
+    for result in train_branches(gpt(), TOKENS, TOKENS, configs(3, 7, schedule="constant", eval_every=2)):
+        assert result["loss"] == result["trunk_loss"] and result["steps"] == result["trunk_steps"]
 
 
 def test_branches_refuse():
-    with pytest.raises(ValueError, match=r"in order of max_steps, at least one, not \[9, 4\]"):
+    with pytest.raises(ValueError, match=r"configs must be at least one, in order of max_steps, not \[9, 4\]"):
         train_branches(gpt(), TOKENS, TOKENS, configs(9, 4))
     for none in ([], configs(4, 4)):
         with pytest.raises(ValueError, match="in order of max_steps"):
             train_branches(gpt(), TOKENS, TOKENS, none)
-    with pytest.raises(ValueError, match="differ in max_steps only"):
+    with pytest.raises(ValueError, match="the same but for max_steps"):
         train_branches(gpt(), TOKENS, TOKENS, configs(4) + configs(9, seed=1))
 
 
