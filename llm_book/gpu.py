@@ -74,7 +74,9 @@ def matmul_peak(
     size = size or (768 if device.type == "cpu" else 8_192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * size**3 / min(seconds_per_call(lambda: torch.mm(a, b, out=out), device, 25))
+    multiply = partial(torch.mm, a, b, out=out)
+    once = seconds_per_call(multiply, device, 1)[0]  # slow where a format has no hardware
+    return 2 * size**3 / min(seconds_per_call(multiply, device, 25 if once < 0.1 else 2, 0))
 
 
 def memory_bandwidth(
@@ -264,22 +266,20 @@ def report(
     share: float = 0.4,  # the MFU that a run is hoped to reach
 ) -> str:
     """The two limits of a device, and what training a GPT would need and reach there."""
-    config = GPTConfig.preset(preset)
-    T = config.max_len
-    single, half = (matmul_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16))
-    bandwidth = memory_bandwidth(device)
-    need = sum(memory_estimate(config, batch_size, T, precision="bfloat16").values())
-    speed = share * half / train_flops_per_token(config, T)
+    config, T = GPTConfig.preset(preset), GPTConfig.preset(preset).max_len
+    peaks = {name: matmul_peak(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    bandwidth, best = memory_bandwidth(device), max(peaks, key=peaks.get)
+    need = sum(memory_estimate(config, batch_size, T, precision=best).values())
+    speed = share * peaks[best] / train_flops_per_token(config, T)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return "\n".join([
         f"device       {name}, {torch.get_num_threads()} CPU threads",
-        f"peak         {single / 1e12:.3g} TFLOP/s in float32, {half / 1e12:.3g} in bfloat16",
-        f"bandwidth    {bandwidth / 1e9:.3g} GB/s",
-        f"ridge point  {single / bandwidth:.1f} FLOPs per byte in float32, "
-        f"{half / bandwidth:.1f} in bfloat16",
-        f"{preset:12} trained in bfloat16 with {batch_size} windows of {T:,} tokens needs "
-        f"{need / 1e9:.1f} GB;",
-        f"{'':12} at an MFU of {share:.0%} it reads {speed:,.0f} tokens per second"])
+        f"bandwidth    {bandwidth / 1e9:,.1f} GB/s",
+        *(f"{name:12} {peak / 1e9:,.1f} GFLOP/s at most, ridge point {peak / bandwidth:.1f} "
+          "FLOPs per byte" for name, peak in peaks.items()),
+        f"{preset:12} trained in {best} with {batch_size} windows of {T:,} tokens needs "
+        f"{need / 1e9:.1f} GB",
+        f"{'':12} and reads {speed:,.0f} tokens per second at an MFU of {share:.0%}"])
 
 
 def main(
