@@ -52,7 +52,7 @@ def seconds_per_call(
     repeats: int = 5,
     warm_up: int = 2,  # calls that do not count: compilation, caches, first memory
 ) -> list[float]:
-    """How long each of several calls took, in seconds. Raises: `ValueError` for no repeats."""
+    """Seconds that each of several calls took. Raises: `ValueError` for no repeats."""
     require(repeats >= 1 and warm_up >= 0, "repeats and warm_up", "at least 1 and 0",
             (repeats, warm_up))
     found = []
@@ -92,6 +92,7 @@ def memory_bandwidth(
     return max(2 * source.nbytes / copying, source.nbytes / reading)
 
 # %% ../nbs/16_gpu.ipynb #dbc57a69
+#| code-fold: true
 def matrix_weights(
     config: GPTConfig,
 ) -> int:
@@ -107,7 +108,7 @@ def train_flops_per_token(
     seq_len: int,  # T
     causal: bool = False,  # count only the half of the scores that a causal mask leaves
 ) -> float:
-    """FLOPs of matrix products, forward and backward. Source: Chowdhery et al., 2022, appendix B.
+    """FLOPs of matrix products, forward and backward. Source: PaLM, 2022, appendix B.
 
     Raises: `ValueError` for a length outside 1 … `max_len`.
     """
@@ -127,6 +128,7 @@ def mfu(
     return tokens_per_second * flops_per_token / peak_flops
 
 # %% ../nbs/16_gpu.ipynb #36c32f4f
+#| code-fold: true
 def memory_estimate(
     config: GPTConfig,  # with GPT-2's parts
     batch_size: int,  # B, windows in one forward pass
@@ -233,16 +235,13 @@ def flash_attention(
     q: Float[Tensor, "*B T K"],
     k: Float[Tensor, "*B S K"],
     v: Float[Tensor, "*B S N"],
-    causal: bool = False,  # the last query stands at the last key, as in `causal_mask`
+    causal: bool = False,  # for T ≤ S; the last query stands at the last key
     block: int = 64,  # queries, and keys, of a tile
 ) -> Float[Tensor, "*B T N"]:
-    """softmax(q kᵀ / √K) v with one tile of scores at a time. Source: Dao, 2023, algorithm 1.
-
-    Raises: `ValueError` for a causal mask with more queries than keys.
-    """
-    T, S = q.shape[-2], k.shape[-2]
+    """softmax(q kᵀ / √K) v, one tile of scores at a time. Source: Dao, 2023, algorithm 1."""
+    T, S, out = q.shape[-2], k.shape[-2], []
     require(T <= S or not causal, "causal", "False with more queries than keys", causal)
-    rows, keys, out = torch.arange(S - T, S, device=q.device), torch.arange(S, device=q.device), []
+    rows, keys = (torch.arange(first, S, device=q.device) for first in (S - T, 0))
     for q_i, row in zip(q.split(block, -2), rows.split(block)):  # a block of queries
         m = q_i.new_full((*q_i.shape[:-1], 1), -math.inf)  # largest score so far
         l, o = torch.zeros_like(m), q_i.new_zeros(*q_i.shape[:-1], v.shape[-1])

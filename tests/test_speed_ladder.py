@@ -197,7 +197,8 @@ def test_recorded_rows_come_back(rows, ledger):
     assert len(recall("gpu")) == len(rows) - 1  # all but TF32
 
 
-def test_main_runs_and_records(ledger, capsys):
+def test_main_runs_and_records(ledger, capsys, monkeypatch):
+    monkeypatch.setattr(ladder, "matmul_peak", lambda device, dtype: 1e11)
     found = main(["--device", "cpu", "--preset", "tiny", "--steps", "5", "--twins", "2", "--record",
                   "--threads", "1", "--batch-size", "1", "--accumulation", "2", "--skip", "compile", "larger batch"])
     names = [row["rung"] for row in found]
