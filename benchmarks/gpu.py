@@ -23,36 +23,37 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # compile time
 import gpt as chapter14  # benchmarks/gpt.py, for its yardstick
 import numpy as np
 import torch
+from speed_ladder import (
+    RUNGS,
+    SIZES,
+    START,
+    Compiled,
+    climb,
+    docs,
+    ladder_table,
+    record_ladder,
+    speed_ladder,
+    unavailable,
+)
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from llm_book.gpt import GPT, GPTConfig
 from llm_book.gpu import (
-    RUNGS,
-    SIZES,
-    START,
-    _climb,
-    _Compiled,
-    ladder_table,
     matmul_peak,
     memory_bandwidth,
     memory_estimate,
     mfu,
-    record_ladder,
     seconds_per_call,
-    speed_ladder,
     train_flops_per_token,
-    unavailable,
 )
 from llm_book.lab import best_device, record
-from llm_book.text import load_corpus, split_text
 from llm_book.tokens import CharTokenizer
 from llm_book.train import TrainConfig, accumulate, train
 
 COMMAND, ROUNDS = "python benchmarks/gpu.py", range(7)
 TARGET = 1.4697  # nats: the best validation loss of the well-known recipe, as its author tells it
-SMALL = dict(vocab_size=256, max_len=128, n_layers=4, d_model=128, n_heads=4)
 
 # Shakespeare by characters. The recipe is nanoGPT's train_shakespeare_char; the shape is the same.
 SHAPE = dict(max_len=256, n_layers=6, d_model=384, n_heads=6, dropout=0.2, bias="none")
@@ -62,12 +63,6 @@ RECIPE = TrainConfig(5_000, batch_size=64, seq_len=256, max_lr=1e-3, min_lr=1e-4
 FAST = replace(RECIPE, max_steps=600, batch_size=128, optimizer="muon", muon_lr=0.02, max_lr=3e-3,
                min_lr=0.0, warmup_steps=40, schedule="linear", betas=(0.9, 0.95), eval_every=600)
 BEST = replace(FAST, max_steps=1_500, eval_every=250)
-
-
-def docs() -> tuple[np.ndarray, ...]:
-    """Training, validation and test bytes of the book's corpus."""
-    return tuple(np.frombuffer(part.encode(), np.uint8)
-                 for part in split_text(load_corpus("python_docs").text))
 
 
 def show(name: str, entry: dict) -> None:
@@ -124,7 +119,7 @@ class Bench:
         measured, predicted = {}, {}
         for name, case in cases.items():
             settings = {**START, "fused_attention": True, "fused_optimizer": True, **case}
-            measured[name] = _climb(config, train_tokens, val_tokens, plan, self.device,
+            measured[name] = climb(config, train_tokens, val_tokens, plan, self.device,
                                     settings)["peak_bytes"]
             predicted[name] = sum(memory_estimate(config, batch_size, plan.seq_len, **case).values())
             print(f"memory, {name}: {measured[name] / 1e6:,.1f} MB, "
@@ -229,7 +224,7 @@ class Bench:
         fused = name != "plain torch"
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1,
                                       **({"fused": True} if fused else {}))
-        called = _Compiled(model) if "compiled" in name else model
+        called = Compiled(model) if "compiled" in name else model
 
         def step() -> float:
             optimizer.zero_grad(set_to_none=True)
@@ -301,7 +296,7 @@ class Bench:
         called, started = model, time.perf_counter()
         if self.compiles():
             torch.compiler.reset()
-            called = _Compiled(model)
+            called = Compiled(model)
             self.rehearse(called, tokens, plan)
         compiled = time.perf_counter() - started
         started = time.perf_counter()

@@ -1,14 +1,9 @@
-"""Chapter 16: counts against torch's own counters, the ladder's proof, the command line."""
-import json
+"""Chapter 16: counts against torch's own counters, attention in tiles, the report."""
 import math
-import os
-import subprocess
-import sys
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,34 +11,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_book import gpu
+from llm_book.attention import causal_mask, scaled_dot_product_attention
 from llm_book.gpt import GPT, GPTConfig
 from llm_book.gpu import (
-    RUNGS,
-    SIZES,
-    START,
     checkpoint_blocks,
-    ladder_key,
-    ladder_table,
+    flash_attention,
     main,
     matmul_peak,
     memory_bandwidth,
     memory_estimate,
     mfu,
     peak_bytes,
-    record_ladder,
+    report,
     roofline,
     saved_for_backward,
     seconds_per_call,
-    speed_ladder,
     synchronise,
     train_flops_per_token,
-    unavailable,
 )
-from llm_book.lab import recall
-from llm_book.train import TrainConfig, accumulate
+from llm_book.train import accumulate
 
 CPU = torch.device("cpu")
-TOKENS = np.random.default_rng(0).integers(0, 50, 4_000)
 LLAMA = dict(positions="rotary", norm="rms", feed_forward="swiglu", bias="none", n_kv_heads=2)
 
 
@@ -58,11 +46,6 @@ def one_thread():
 
 def config(**changes):
     return GPTConfig(**{**dict(vocab_size=50, max_len=16, n_layers=2, d_model=16, n_heads=4), **changes})
-
-
-def plan(**changes):
-    return TrainConfig(**{**dict(max_steps=6, batch_size=2, accumulation_steps=2, seq_len=16,
-                                 warmup_steps=1, eval_windows=8), **changes})
 
 
 # ---- the roofline and the clock
@@ -89,7 +72,7 @@ def test_seconds_per_call_leaves_the_warm_up_out(monkeypatch):
     assert seconds_per_call(work, CPU, repeats=3, warm_up=2) == [0.5] * 3
     assert len(calls) == 5
     for bad in (dict(repeats=0), dict(warm_up=-1)):
-        with pytest.raises(ValueError, match="repeats must be at least 1"):
+        with pytest.raises(ValueError, match="repeats and warm_up must be at least 1 and 0"):
             seconds_per_call(work, CPU, **bad)
     assert len(calls) == 5
 
@@ -104,7 +87,8 @@ def test_the_clock_waits_for_the_device(monkeypatch):
 
 
 def test_ceilings_count_what_was_done(monkeypatch):
-    monkeypatch.setattr(gpu, "seconds_per_call", lambda fn, device, repeats=5: [2.0, (fn(), 0.5)[1]])
+    monkeypatch.setattr(gpu, "seconds_per_call",
+                        lambda fn, device, repeats=5, warm_up=2: [2.0, (fn(), 0.5)[1]])
     assert matmul_peak(CPU, torch.bfloat16, 8) == 2 * 8**3 / 0.5
     assert memory_bandwidth(CPU, 4_000) == 2 * 4_000 / 0.5
 
@@ -138,10 +122,6 @@ def test_flops_refuse_a_length(seq_len):
 
 def test_mfu():
     assert mfu(200.0, 3.0, 1_000.0) == 0.6
-    for name, values in (("tokens_per_second", (0, 1, 1)), ("flops_per_token", (1, -1, 1)),
-                         ("peak_flops", (1, 1, math.nan))):
-        with pytest.raises(ValueError, match=f"{name} must be above 0"):
-            mfu(*values)
 
 
 # ---- memory
@@ -247,179 +227,104 @@ def test_checkpointing_gives_the_same_bits(parts, precision):
     assert all(gradients[0][name].equal(gradients[1][name]) for name in names)
 
 
-# ---- the ladder
+# ---- attention in tiles
 
-HERE = [rung for rung in RUNGS if rung[0] != "compile"]
-
-
-@pytest.fixture(scope="module")
-def rows():
-    wrong = ("bfloat16 weights", {"weights": torch.bfloat16})
-    return speed_ladder(config(d_model=32), TOKENS % 7, TOKENS % 7, plan(max_steps=30, max_lr=3e-3),
-                        device="cpu", rungs=[*HERE, wrong], peak_flops=1e9)
+def tensors(T, S, K, N=None, dtype=torch.float32, leading=(2, 3), scale=1.0):
+    """Queries, keys and values."""
+    numbers = torch.Generator().manual_seed(T * 100 + S)
+    return [scale * torch.randn(*leading, length, width, generator=numbers, dtype=dtype)
+            for length, width in ((T, K), (S, K), (S, N or K))]
 
 
-def test_every_rung_ends_at_the_same_loss(rows):
-    by_name = {row["rung"]: row for row in rows}
-    assert list(by_name) == [name for name, _ in HERE] + ["bfloat16 weights"]
-    assert by_name["TF32"] == {"rung": "TF32", "skipped": "needs an NVIDIA GPU"}
-    for name, row in by_name.items():
-        if name not in ("TF32", "bfloat16 weights"):
-            assert row["same"] and abs(row["difference"]) <= 3 * row["noise"], row
-    assert by_name["float32"]["difference"] == 0
-    assert not by_name["bfloat16 weights"]["same"]
+@given(T=st.integers(1, 40), more=st.integers(0, 30), block=st.integers(1, 80), causal=st.booleans())
+def test_flash_attention_is_attention(T, more, block, causal):
+    q, k, v = tensors(T, T + more, 4, 5)
+    mask = causal_mask(T, T + more) if causal else None
+    found = flash_attention(q, k, v, causal, block)
+    torch.testing.assert_close(found, nn.functional.scaled_dot_product_attention(q, k, v, mask))
+    torch.testing.assert_close(found, scaled_dot_product_attention(q, k, v, mask))
 
 
-def test_rows_have_speed_and_memory(rows):
-    for row in rows:
-        if "skipped" not in row:
-            assert len(row["seconds"]) == 29 and len(row["rates"]) == 5
-            timed = row["seconds"][2:]
-            assert 64 / max(timed) <= row["tokens_per_second"] <= 64 / min(timed)
-            expected = row["tokens_per_second"] * train_flops_per_token(config(d_model=32), 16) / 1e9
-            assert math.isclose(row["mfu"], expected)
-            assert row["peak_bytes"] > 8 * 26_000  # bfloat16 weights have half of everything
-    by_name = {row["rung"]: row for row in rows}
-    assert by_name["checkpointing"]["peak_bytes"] < by_name["larger batch"]["peak_bytes"]
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("block", [3, 7, 64])
+def test_flash_attention_has_the_gradient_of_attention(causal, block):
+    gradients = []
+    for attend in (lambda q, k, v: flash_attention(q, k, v, causal, block),
+                   lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)):
+        leaves = [x.requires_grad_() for x in tensors(13, 13, 4, dtype=torch.float64)]
+        attend(*leaves).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*gradients)
+    assert gradients[0][0].dtype == torch.float64
 
 
-def test_table_says_what_is_not_the_same(rows):
-    table = ladder_table(rows)
-    assert table.count("NOT THE SAME") == 1 and "needs an NVIDIA GPU" in table
-    assert table.splitlines()[-1].startswith("noise of the loss 0.0")
+def test_flash_attention_passes_a_finite_difference():
+    leaves = [x.requires_grad_() for x in tensors(5, 6, 3, 2, dtype=torch.float64, leading=(1,))]
+    for causal in (False, True):
+        assert torch.autograd.gradcheck(partial(flash_attention, causal=causal, block=2), leaves)
 
 
-@pytest.mark.parametrize("damage", ["lr", "order", "batch"])
-def test_a_rung_that_changes_the_updates_is_caught(monkeypatch, damage):
-    """What a faster loop may get wrong must not pass."""
-    honest = gpu._updates
-
-    def damaged(model, tokens, plan, settings):
-        if settings.get("damage") == "lr":
-            plan = TrainConfig(**{**plan.__dict__, "max_lr": plan.max_lr * 0.9})
-        if settings.get("damage") == "order":
-            plan = TrainConfig(**{**plan.__dict__, "seed": 5})
-        if settings.get("damage") == "batch":
-            plan = TrainConfig(**{**plan.__dict__, "accumulation_steps": 1})
-        return honest(model, tokens, plan, settings)
-
-    monkeypatch.setattr(gpu, "_updates", damaged)
-    found = speed_ladder(config(), TOKENS % 7, TOKENS % 7, plan(max_steps=12), device="cpu", twins=2,
-                         rungs=[("float32", {}), ("damaged", {"damage": damage})], peak_flops=1.0)
-    assert found[0]["same"] and not found[1]["same"]
+def test_flash_attention_survives_large_scores_and_other_types():
+    q, k, v = tensors(9, 9, 4, scale=200.0)
+    found = flash_attention(q, k, v, True, 4)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    low = flash_attention(*tensors(9, 9, 4, dtype=torch.bfloat16), block=4)
+    assert low.dtype == torch.bfloat16
+    meta = flash_attention(*(x.to("meta") for x in tensors(9, 9, 4)), causal=False, block=4)
+    assert meta.device.type == "meta" and meta.shape == (2, 3, 9, 4)
 
 
-def test_switches_are_put_back():
-    before = torch.get_float32_matmul_precision()
-    with pytest.raises(ZeroDivisionError), gpu._switches({**START, "tf32": True}):
-        assert torch.get_float32_matmul_precision() == "high"
-        raise ZeroDivisionError
-    assert torch.get_float32_matmul_precision() == before
-    q = torch.randn(1, 1, 4, 4)
-    for fused in (False, True):
-        with gpu._switches({**START, "fused_attention": fused}):
-            assert torch.backends.cuda.flash_sdp_enabled() == fused
-            nn.functional.scaled_dot_product_attention(q, q, q)
+def test_flash_attention_refuses_a_query_before_the_first_key():
+    q, k, v = tensors(5, 3, 4)
+    with pytest.raises(ValueError, match="causal must be False with more queries than keys"):
+        flash_attention(q, k, v, causal=True)
+    assert flash_attention(q, k, v).shape == (2, 3, 5, 4)
 
 
-def test_fused_optimizer_makes_the_same_steps():
-    found = []
-    for fused in (False, True):
-        model = gpu._model(config(), plan(), CPU, torch.float32, 0)
-        for update in gpu._updates(model, TOKENS, plan(), {**START, "fused_optimizer": fused}):
-            update()
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+def test_tiles_take_little_memory():
+    q, k, v = tensors(1_024, 1_024, 16, leading=(1, 2))
+    plain, tiled = (peak_bytes(partial(attend, q, k, v), CPU)
+                    for attend in (scaled_dot_product_attention, flash_attention))
+    assert plain > 2 * 4 * 1_024**2 and tiled < plain / 10
 
 
-def test_twins_are_off_by_a_rounding():
-    first, twin, other = (gpu._model(config(), plan(), CPU, torch.float32, i) for i in (0, 1, 2))
-    for a, b, c in zip(first.parameters(), twin.parameters(), other.parameters()):
-        assert torch.allclose(b, a, rtol=2**-8 + 1e-6, atol=0)
-        assert a.eq(0).all() or not (a.equal(b) or b.equal(c))
+# ---- the report and the command line
+
+@pytest.fixture
+def known_machine(monkeypatch):
+    """One that does 1 TFLOP/s in float32, 4 in bfloat16, and moves 100 GB/s."""
+    monkeypatch.setattr(gpu, "matmul_peak", lambda device, dtype: 1e12 if dtype == torch.float32 else 4e12)
+    monkeypatch.setattr(gpu, "memory_bandwidth", lambda device: 1e11)
 
 
-def test_out_of_memory_is_a_row(monkeypatch):
-    def climb(config, train, val, plan, device, settings, twin=0):
-        if settings["whole_batch"] and not settings["checkpointing"]:
-            raise torch.OutOfMemoryError
-        return {"seconds": [1.0] * 5, "peak_bytes": None, "loss": 1.0 + 0.1 * twin}
-
-    monkeypatch.setattr(gpu, "_climb", climb)
-    found = speed_ladder(config(), TOKENS, TOKENS, plan(), device="cpu", rungs=HERE, peak_flops=1.0)
-    assert found[-2] == {"rung": "larger batch", "skipped": "out of memory"}
-    assert found[-1]["same"] and "skipped" not in found[-1]
-    ladder_table(found)
+def test_report_says_what_training_needs_and_reaches(known_machine):
+    text, gpt2 = report(CPU, "gpt2-medium", 4, 0.5), GPTConfig.preset("gpt2-medium")
+    needs = sum(memory_estimate(gpt2, 4, 1_024, precision="bfloat16").values())
+    for part in ("1,000.0 GFLOP/s at most, ridge point 10.0", "4,000.0 GFLOP/s at most, ridge point 40.0",
+                 "100.0 GB/s", "gpt2-medium", f"needs {needs / 1e9:.1f} GB", "trained in bfloat16 with 4 windows",
+                 f"{2e12 / train_flops_per_token(gpt2, 1_024):,.0f} tokens per second at an MFU of 50%"):
+        assert part in text, part
 
 
-@pytest.mark.parametrize("bad_plan, twins", [(plan(max_steps=3), 4), (plan(), 1), (plan(optimizer="muon"), 4)])
-def test_ladder_refuses(bad_plan, twins):
-    with pytest.raises(ValueError, match="plan must have at least 4 steps of 'adamw'"):
-        speed_ladder(config(), TOKENS, TOKENS, bad_plan, device="cpu", twins=twins)
+def test_report_takes_the_faster_format(monkeypatch):
+    monkeypatch.setattr(gpu, "matmul_peak", lambda device, dtype: 4e12 if dtype == torch.float32 else 1e12)
+    monkeypatch.setattr(gpu, "memory_bandwidth", lambda device: 1e11)
+    assert "trained in float32" in report(CPU)
 
 
-def test_what_a_device_cannot_do(monkeypatch):
-    cuda = torch.device("cuda")
-    assert unavailable({}, CPU) is None and unavailable({"precision": "bfloat16"}, CPU) is None
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    assert unavailable({"compiled": True}, CPU) == "needs a C++ compiler (g++ or clang++)"
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: "/bin/g++" if name == "g++" else None)
-    assert unavailable({"compiled": True}, CPU) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    monkeypatch.setattr(gpu, "has_triton", lambda: False)
-    assert "Ampere" in unavailable({"tf32": True}, cuda)
-    assert unavailable({"precision": "bfloat16"}, cuda) == "needs a GPU with bfloat16"
-    assert unavailable({"compiled": True}, cuda) == "needs the package triton"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert unavailable({"tf32": True}, cuda) is None
-
-
-# ---- the ledger and the command line
-
-def test_recorded_rows_come_back(rows, ledger):
-    record_ladder(rows, "cpu", "tiny", "python benchmarks/gpu.py", steps=30)
-    entry = recall(ladder_key("fused optimizer", "cpu", "tiny"))
-    row = next(row for row in rows if row["rung"] == "fused optimizer")
-    assert entry["values"] == row["rates"] and entry["context"]["mfu"] == row["mfu"]
-    assert entry["context"]["steps"] == 30
-    assert len(recall("gpu")) == len(rows) - 1  # all but TF32
-
-
-def test_main_runs_and_records(ledger, capsys):
-    found = main(["--device", "cpu", "--preset", "tiny", "--steps", "5", "--twins", "2", "--record",
-                  "--threads", "1", "--batch-size", "1", "--accumulation", "2", "--skip", "compile", "larger batch"])
-    names = [row["rung"] for row in found]
-    assert names == [name for name, _ in RUNGS if name not in ("compile", "larger batch")]
-    assert "tokens/s" in capsys.readouterr().out
-    assert recall("gpu/cpu_tiny.float32")["command"] == "python -m llm_book.gpu --device cpu --preset tiny"
+def test_main_prints_the_report(known_machine, capsys):
+    main(["--device", "cpu", "--batch-size", "2", "--threads", "1", "--mfu", "0.3"])
+    shown = capsys.readouterr().out
+    assert "cpu, 1 CPU threads" in shown and "2 windows of 1,024" in shown and "MFU of 30%" in shown
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--device", "cpu", "--skip", "comple"], "no such rung: comple"),
-    (["--skip", "float32"], "no such rung: float32"),
-    (["--preset", "huge"], "invalid choice: 'huge'"),
+    (["--preset", "llama-style"], "invalid choice: 'llama-style'"), (["--batch-size", "0"], "at least 1"),
+    (["--device", "cpu", "--mfu", "1.5"], "--mfu from 0 to 1"), (["--mfu", "nan"], "--mfu from 0 to 1"),
     pytest.param(["--device", "cuda"], "there is no cuda device here", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is one"))])
 def test_main_refuses(argv, message, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         main(argv)
-    assert message in capsys.readouterr().err
-
-
-def test_help_names_every_option_and_rung():
-    shown = subprocess.run([sys.executable, "-m", "llm_book.gpu", "--help"], cwd=ROOT, text=True,
-                           check=True, capture_output=True, env={**os.environ, "COLUMNS": "1000"}).stdout
-    for word in ("--device", "--steps", "--preset", "--record", "--twins", "--skip", "--batch-size",
-                 *SIZES, *(name for name, _ in RUNGS[1:])):
-        assert word in shown, word
-    assert "show this help" in shown and json.dumps(shown)
-
-
-def test_sizes_are_those_that_have_names():
-    gpt2 = SIZES["gpt2"][0]
-    with torch.device("meta"):
-        n = sum(p.numel() for p in GPT(gpt2).parameters())
-    assert n == 124_439_808 + 47 * 768 and gpt2.max_len == 1_024
-    shape = SIZES["shakespeare"][0]
-    assert (shape.n_layers, shape.d_model, shape.max_len) == (6, 384, 256)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
