@@ -11,6 +11,15 @@ sys.path.insert(0, str(ROOT / "site"))  # notebooks.py, which the renderers use 
 settings.register_profile("book", deadline=None, max_examples=60)
 settings.load_profile("book")
 
+OF_PAGES = ("test_house", "test_notebooks", "test_site")
+
+
+def pytest_collection_modifyitems(items):
+    """What executes, renders or reads pages is slow, and no business of another Python."""
+    for item in items:
+        if item.path.stem in OF_PAGES:
+            item.add_marker("slow")
+
 
 @pytest.fixture
 def ledger(tmp_path, monkeypatch):
