@@ -95,8 +95,8 @@ class Bench:
         """Record and print one number, or one for each run with mean, spread and median."""
         if seeds is None:
             seeds = self.runs if np.ndim(values) else ()
-        entry = record(f"{self.file}/{key}", values, unit, seeds=list(seeds), command=self.command,
-                       **self.context, **context)
+        entry = record(f"{self.file}/{key}", np.asarray(values, dtype=float).tolist(), unit,
+                       seeds=list(seeds), command=self.command, **self.context, **context)
         if not self.machine_named:
             self.name_machine(entry)
         spread = f" ± {entry['sd']:.2g}, median {np.median(values):.4g}" if entry["sd"] is not None else ""
