@@ -5,8 +5,10 @@ NB ?= nbs/*.ipynb
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Another Python has an environment of its own for the fast tests.
+FAST := $(if $(filter file,$(origin PYTHON)),$(VENV),.fast/$(notdir $(PYTHON)))
 
-.PHONY: help book site test export run bench clean
+.PHONY: help book site test fast check export run bench clean
 help:            ## show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
 
@@ -15,6 +17,11 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "Python 3.10 or later is needed; name one with: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.fast/%/.ready: pyproject.toml constraints.txt
+	"$(PYTHON)" -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[run,test]'
 	@touch $@
 
 book: site       ## render the book and serve it on this machine (PORT=8000)
@@ -27,6 +34,12 @@ site: $(READY)   ## render the book into _site/
 test: $(READY)   ## check everything: notebooks, package, site
 	@$(BIN)/python -m pytest -n 2
 
+fast: $(FAST)/.ready  ## the unit tests in a few minutes (PYTHON=python3.13 for another Python)
+	@$(FAST)/bin/python -m pytest -n 2 -m "not slow"
+
+check: $(READY)  ## check one chapter in a minute or two (NB=nbs/07_optim.ipynb)
+	@for notebook in $(NB); do $(BIN)/python site/check.py $$notebook || exit 1; done
+
 export: $(READY) ## write llm_book/ from the notebooks
 	@$(BIN)/python site/notebooks.py install-cells
 	@$(BIN)/nbdev_export
@@ -36,7 +49,8 @@ run: $(READY)    ## execute notebooks in place and clean them (NB=nbs/02_tokens.
 	@for notebook in $(NB); do $(BIN)/nbdev_clean --fname $$notebook; done
 
 bench: $(READY)  ## measure again every CPU number of the ledger
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do \
+	  echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:           ## remove everything that was built
-	rm -rf $(VENV) .colab _build _site dist build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) .fast .colab _build _site _proc dist build *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -5,24 +5,16 @@ written one by one through one layer, with the cache and without.
 
     python benchmarks/attention.py
 """
-import os
-
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
-import time
 from collections.abc import Callable
 
-import numpy as np
+import common
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from llm_book.attention import KVCache, MultiHeadAttention, causal_mask
-from llm_book.lab import record
 
-RUNS, COMMAND = range(11), "python benchmarks/attention.py"
+BENCH = common.Bench("attention", range(11), cores=1)
 SIZES = {"8x256x384": (8, 256, 384, 6), "2x1024x768": (2, 1024, 768, 12)}  # B, T, D, H
 WORDS = 256  # to write
 
@@ -78,49 +70,26 @@ def writers(D: int, H: int) -> dict[str, Callable]:
     return {"cached": cached, "anew": anew}
 
 
-def seconds(call: Callable, n: int) -> float:
-    """The fastest of `n` calls: other programs on the machine can only add."""
-    times = []
-    for _ in range(n):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def interleaved(calls: dict[str, Callable], n: int) -> dict[str, np.ndarray]:
-    """Seconds of each call, once in every run, in an order that turns."""
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        seconds(call, n)  # warm-up
-    for run in RUNS:
-        order = [*calls] if run % 2 else [*calls][::-1]
-        for name in order:
-            times[name].append(seconds(calls[name], n))
-    return {name: np.array(values) for name, values in times.items()}
-
-
-def report(name: str, values: np.ndarray, unit: str, **context) -> None:
-    entry = record(f"attention/{name}", values, unit, seeds=list(RUNS), command=COMMAND, cores=1,
-                   **context)
-    print(f"{name}: {entry['value']:.4g} ± {entry['sd']:.2g} {unit}, median {np.median(values):.4g}")
+def in_turns(calls: dict[str, Callable], n: int) -> dict:
+    """The fastest of `n` calls in every run: other programs on the machine can only add."""
+    return common.in_turns(calls, BENCH.runs, rounds=n, best=min)
 
 
 @torch.no_grad()
 def main() -> None:
-    torch.set_num_threads(1)
+    common.one_core()
     for name, (B, T, D, H) in SIZES.items():
-        times = interleaved(contestants(B, T, D, H), n=4 if name == "8x256x384" else 2)
+        times = in_turns(contestants(B, T, D, H), n=4 if name == "8x256x384" else 2)
         context = dict(B=B, T=T, D=D, H=H, dtype="float32", causal=True)
-        report(f"forward_ms_{name}", 1e3 * times["ours"], "ms", **context)
-        report(f"forward_vs_kernel_{name}", times["ours"] / times["bare"], "ratio of times", **context)
-        report(f"forward_vs_torch_module_{name}", times["ours"] / times["torch_module"],
-               "ratio of times", **context)
-        report(f"plain_vs_fused_{name}", times["plain"] / times["ours"], "ratio of times", **context)
+        BENCH.report(f"forward_ms_{name}", 1e3 * times["ours"], "ms", **context)
+        BENCH.report(f"forward_vs_kernel_{name}", times["ours"] / times["bare"], "ratio of times", **context)
+        BENCH.report(f"forward_vs_torch_module_{name}", times["ours"] / times["torch_module"],
+                     "ratio of times", **context)
+        BENCH.report(f"plain_vs_fused_{name}", times["plain"] / times["ours"], "ratio of times", **context)
     D, H = SIZES["8x256x384"][2:]
-    times = interleaved(writers(D, H), n=1)
-    report(f"cached_speedup_{WORDS}", times["anew"] / times["cached"], "ratio of times",
-           words=WORDS, D=D, H=H, about="one layer, one text, every word fed one by one")
+    times = in_turns(writers(D, H), n=1)
+    BENCH.report(f"cached_speedup_{WORDS}", times["anew"] / times["cached"], "ratio of times",
+                 words=WORDS, D=D, H=H, about="one layer, one text, every word fed one by one")
 
 
 if __name__ == "__main__":

@@ -5,16 +5,13 @@ The warm-up runs train the byte model of chapter 12, eight blocks of width 32, o
 
     python benchmarks/block.py
 """
-import os
-
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-
 import math
-import time
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
+import common
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,12 +20,10 @@ from torch import nn
 from llm_book.attention import MultiHeadAttention
 from llm_book.block import Block, FeedForward, LayerNorm, layer_norm, rms_norm
 from llm_book.data import get_batch
-from llm_book.lab import record
 from llm_book.loss import cross_entropy
 from llm_book.text import load_corpus, split_text
 
-COMMAND = "python benchmarks/block.py"
-RUNS, STEPS = range(9), 10
+BENCH, STEPS = common.Bench("block", range(9)), 10
 B, T, D, H = 8, 128, 256, 4  # for the timing
 SEEDS, N_STEPS, N_LAYERS, WIDTH = range(3), 800, 8, 32  # for the warm-up
 SETTINGS = [*product(("post-norm", "pre-norm"), ((3e-3, 0), (3e-3, 300), (1e-3, 0)))]  # lr, warm-up
@@ -56,27 +51,12 @@ def step_of(fn: Callable, parameters: list) -> Callable[[], None]:
     return step
 
 
-def seconds(step: Callable, n: int) -> float:
-    start = time.perf_counter()
-    for _ in range(n):
-        step()
-    return (time.perf_counter() - start) / n
-
-
 def compare(name: str, ours: Callable, theirs: Callable, n: int, **context) -> None:
-    """Record the ratio of times, ours to theirs, interleaved over all runs."""
-    times = {"ours": [], "theirs": []}
-    for step in (ours, theirs):
-        seconds(step, n)  # warm-up
-    for _ in RUNS:
-        times["ours"].append(seconds(ours, n))
-        times["theirs"].append(seconds(theirs, n))
-    ratios = [a / b for a, b in zip(times["ours"], times["theirs"])]
-    entry = record(f"block/{name}", ratios, "ratio of times", seeds=list(RUNS), command=COMMAND,
-                   cores=1, shape=[B, T, D], steps=n,
-                   ours_ms=1e3 * float(np.median(times["ours"])),
-                   theirs_ms=1e3 * float(np.median(times["theirs"])), **context)
-    print(f"{name}: {entry['value']:.2f} ± {entry['sd']:.2f}")
+    """Record the ratio of times, ours to theirs."""
+    times = common.in_turns({"ours": ours, "theirs": theirs}, BENCH.runs, repeat=n)
+    BENCH.report(name, times["ours"] / times["theirs"], "ratio of times", cores=1, shape=[B, T, D],
+                 steps=n, **{f"{who}_ms": 1e3 * float(np.median(t)) for who, t in times.items()},
+                 **context)
 
 
 def speed() -> None:
@@ -142,10 +122,9 @@ def warmup() -> None:
         bits = dict(zip(jobs, pool.map(final_bits, jobs)))
     for setting in SETTINGS:
         wiring, (lr, steps) = setting
-        entry = record(f"block/{wiring}_lr{lr}_warmup{steps}", [bits[setting, seed] for seed in SEEDS],
-                       "bits per byte", seeds=list(SEEDS), command=COMMAND, steps=N_STEPS,
-                       n_layers=N_LAYERS, d_model=WIDTH, batch=[16, 32], optimizer="AdamW")
-        print(f"{wiring} lr {lr} warm-up {steps}: {entry['value']:.3f} ± {entry['sd']:.3f}")
+        BENCH.report(f"{wiring}_lr{lr}_warmup{steps}", [bits[setting, seed] for seed in SEEDS],
+                     "bits per byte", SEEDS, steps=N_STEPS, n_layers=N_LAYERS, d_model=WIDTH,
+                     batch=[16, 32], optimizer="AdamW")
 
 
 def main() -> None:

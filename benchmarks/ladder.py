@@ -6,13 +6,15 @@ Order and weight are chosen on the validation part; the test part is used once f
 """
 import math
 
+import common
 import numpy as np
 
-from llm_book.lab import progress, record
+from llm_book.lab import progress
 from llm_book.ngram import NGramLM
 from llm_book.text import load_corpus, split_text
 from llm_book.tokens import ByteTokenizer
 
+BENCH = common.Bench("ladder", corpus="python_docs", split="test part of split_text")
 CANDIDATES = {
     "unigram": [dict(order=1, smoothing="laplace")],
     "laplace": [dict(order=n, smoothing="laplace") for n in range(2, 6)],
@@ -28,16 +30,10 @@ def bits_per_byte(model: NGramLM, ids: np.ndarray) -> float:
     return -model.log_prob(ids) / len(ids) / math.log(2)
 
 
-def climb(name: str, value: float, label: str, **context) -> None:
-    record(f"ladder/{name}", value, "bits per byte", seeds=(), label=label, corpus="python_docs",
-           split="test part of split_text", command="python benchmarks/ladder.py", **context)
-    print(f"{value:.4f} {label} {context}")
-
-
 def main() -> None:
     parts = split_text(load_corpus("python_docs").text)
     train, validation, test = (np.array(ByteTokenizer().encode(part)) for part in parts)
-    climb("uniform", 8.0, LABELS["uniform"], test_bytes=len(test))
+    BENCH.report("uniform", 8.0, "bits per byte", label=LABELS["uniform"], test_bytes=len(test))
     for name, candidates in CANDIDATES.items():
         fitted = ((options, NGramLM(vocab_size=256, **options).fit(train))
                   for options in progress(candidates, name))
@@ -45,8 +41,8 @@ def main() -> None:
                   for i, (options, model) in enumerate(fitted)]
         best, _, options, model = min(scores)
         label = LABELS[name] if options["order"] == 1 else f"{LABELS[name]}, order {options['order']}"
-        climb(name, bits_per_byte(model, test), label, validation=best, options=options,
-              candidates=len(candidates), test_bytes=len(test))
+        BENCH.report(name, bits_per_byte(model, test), "bits per byte", label=label, validation=best,
+                     options=options, candidates=len(candidates), test_bytes=len(test))
 
 
 if __name__ == "__main__":

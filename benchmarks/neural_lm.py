@@ -5,27 +5,25 @@ Descent is timed beside counting, and a training step in NumPy beside PyTorch, o
 
     python benchmarks/neural_lm.py
 """
-import os
-
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-
 import math
-import time
 from collections.abc import Callable
 
+import common
 import numpy as np
 import torch
 from torch.nn import functional
 
 from llm_book import tensor
-from llm_book.lab import progress, record, seed_everything
+from llm_book.lab import progress, seed_everything
 from llm_book.neural_lm import MLPLM, BigramLM, fit, log_probs
 from llm_book.ngram import NGramLM, count_ngrams
 from llm_book.optim import adamw_step
 from llm_book.text import load_corpus, split_text
 
-COMMAND = "python benchmarks/neural_lm.py"
 SEEDS, RUNS = (0, 1, 2), range(5)
+COMMAND = "python benchmarks/neural_lm.py"
+BENCH = common.Bench("neural_lm", RUNS)
+LADDER = common.Bench("ladder", SEEDS, COMMAND, corpus="python_docs", split="test part of split_text")
 BIGRAM = dict(n_steps=1_000, batch_size=32, seq_len=64)
 BIGRAM_CANDIDATES = [dict(max_lr=lr) for lr in (0.1, 0.3)]
 SHORT, LONG = 200, 1_500  # steps, to choose and to keep
@@ -61,25 +59,19 @@ def mlp(train: np.ndarray, seed: int, n_steps: int, sizes: dict, max_lr: float,
     return model
 
 
-def climb(name: str, values: list, label: str, parts: list, **context) -> None:
-    entry = record(f"ladder/{name}", values, "bits per byte", seeds=SEEDS, label=label,
-                   corpus="python_docs", split="test part of split_text", test_bytes=len(parts[2]),
-                   rule=RULE, command=COMMAND, **context)
-    print(f"{entry['value']:.4f} ± {entry['sd']:.4f} {label} {context}", flush=True)
-
-
 def rungs(parts: list[np.ndarray]) -> None:
     train, validation, test = parts[0], *(torch.from_numpy(p.astype(np.int64)) for p in parts[1:])
     counted = NGramLM(2, 256).fit(train)
-    record("neural_lm/counted_bigram", -counted.log_prob(parts[2]) / len(test) / math.log(2),
-           "bits per byte", seeds=(), smoothing="kneser-ney", order=2, corpus="python_docs",
-           split="test part of split_text", command=COMMAND)
+    BENCH.report("counted_bigram", -counted.log_prob(parts[2]) / len(test) / math.log(2),
+                 "bits per byte", smoothing="kneser-ney", order=2, corpus="python_docs",
+                 split="test part of split_text")
+    about = dict(test_bytes=len(test), rule=RULE)
 
     scores = [bits(bigram(train, 0, **options), validation) for options in BIGRAM_CANDIDATES]
     options = BIGRAM_CANDIDATES[int(np.argmin(scores))]
-    climb("neural-bigram", [bits(bigram(train, seed, **options), test) for seed in SEEDS],
-          "neural bigram", parts, validation=min(scores), options={**BIGRAM, **options},
-          candidates=len(scores), parameters=256 * 256)
+    LADDER.report("neural-bigram", [bits(bigram(train, seed, **options), test) for seed in SEEDS],
+                  "bits per byte", label="neural bigram", validation=min(scores),
+                  options={**BIGRAM, **options}, candidates=len(scores), parameters=256 * 256, **about)
 
     scores = [bits(mlp(train, 0, SHORT, *choice), validation[:50_000]) for choice in MLP_CANDIDATES]
     for choice, score in zip(MLP_CANDIDATES, scores):
@@ -93,12 +85,13 @@ def rungs(parts: list[np.ndarray]) -> None:
     models = [mlp(train, seed, LONG, sizes, max_lr, watch if seed == SEEDS[0] else None)
               for seed in SEEDS]
     held_out = [bits(model, validation) for model in models]
-    climb("mlp", [bits(model, test) for model in models], f"MLP, {sizes['context']} bytes", parts,
-          validation=float(np.mean(held_out)), options={**sizes, **MLP, "max_lr": max_lr, "n_steps": LONG},
-          candidates=len(scores), parameters=sum(p.numel() for p in models[0].parameters()))
-    record("neural_lm/mlp_curve", curve[-1][2], "bits per byte", seeds=SEEDS[:1], command=COMMAND,
-           curve=curve, columns=["step", "training, mean since the row before",
-                                 "validation, first 50,000 bytes"])
+    LADDER.report("mlp", [bits(model, test) for model in models], "bits per byte",
+                  label=f"MLP, {sizes['context']} bytes", validation=float(np.mean(held_out)),
+                  options={**sizes, **MLP, "max_lr": max_lr, "n_steps": LONG}, candidates=len(scores),
+                  parameters=sum(p.numel() for p in models[0].parameters()), **about)
+    BENCH.report("mlp_curve", curve[-1][2], "bits per byte", SEEDS[:1], curve=curve,
+                 columns=["step", "training, mean since the row before",
+                          "validation, first 50,000 bytes"])
 
 
 def numpy_step(n: int, D: int, F: int, state: dict) -> Callable:
@@ -136,12 +129,6 @@ def torch_step(n: int, D: int, F: int, state: dict, optimizer_class: type) -> Ca
     return step
 
 
-def seconds(work: Callable, *arguments) -> float:
-    start = time.perf_counter()
-    work(*arguments)
-    return time.perf_counter() - start
-
-
 def all_steps(step: Callable, batches: list) -> list[float]:
     return [step(rows) for rows in batches]
 
@@ -155,16 +142,16 @@ def costs(train: np.ndarray) -> None:
                for _ in range(100)]
     ours, peer = numpy_step(*sizes, state), torch_step(*sizes, state, torch.optim.AdamW)
     np.testing.assert_allclose(all_steps(ours, batches[:20]), all_steps(peer, batches[:20]), rtol=1e-3)
-    pairs = [[seconds(all_steps, step, batches) for step in (ours, peer)] for _ in RUNS]
-    ratio = record("neural_lm/step_vs_torch", [a / b for a, b in pairs], "ratio of times",
-                   seeds=RUNS, command=COMMAND, cores=1, peer="torch.nn.functional, torch.optim.AdamW",
-                   network="8 bytes, 16 numbers each, 192 hidden, batch 256, float32")
-    pairs = [[seconds(bigram, train, run, 0.3), seconds(count_ngrams, train, 2, 256)] for run in RUNS]
-    slow = record("neural_lm/descent_vs_counting", [a / b for a, b in pairs], "ratio of times",
-                  seeds=RUNS, command=COMMAND, cores=1, work=f"fit of BigramLM, {BIGRAM}, beside "
-                  "count_ngrams of order 2 on the same training text")
-    for entry in (ratio, slow):
-        print(f"{entry['value']:.3g} ± {entry['sd']:.2g}", flush=True)
+    times = common.in_turns({"ours": lambda: all_steps(ours, batches),
+                             "torch": lambda: all_steps(peer, batches)}, RUNS, warm_up=0)
+    BENCH.report("step_vs_torch", times["ours"] / times["torch"], "ratio of times", cores=1,
+                 peer="torch.nn.functional, torch.optim.AdamW",
+                 network="8 bytes, 16 numbers each, 192 hidden, batch 256, float32")
+    times = common.in_turns({"descent": lambda: bigram(train, 0, 0.3),
+                             "counting": lambda: count_ngrams(train, 2, 256)}, RUNS, warm_up=0)
+    BENCH.report("descent_vs_counting", times["descent"] / times["counting"], "ratio of times", cores=1,
+                 work=f"fit of BigramLM, {BIGRAM}, beside count_ngrams of order 2 on the same training "
+                 "text")
 
 
 def main() -> None:

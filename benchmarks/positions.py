@@ -2,16 +2,9 @@
 
     python benchmarks/positions.py
 """
-import os
-
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
 import math
-import time
-from collections.abc import Callable
 
+import common
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,22 +15,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from llm_book.attention import MultiHeadAttention
 from llm_book.data import get_batch
-from llm_book.lab import record
 from llm_book.optim import AdamW, cosine_schedule
 from llm_book.positions import LearnedPositions, PositionalEncoding, RotaryEmbedding, alibi_bias
 from llm_book.text import load_corpus, split_text
 
-COMMAND = "python benchmarks/positions.py"
-RUNS = range(9)
+BENCH = common.Bench("positions", range(9))
 SHAPES = {(4, 8, 512, 64): 40, (1, 12, 1, 64): 2_000}  # (B, H, T, K): calls in a run
 SEEDS, STEPS, TRAINED, READ = range(3), 1_200, 32, 128
-
-
-def seconds(call: Callable, n: int) -> float:
-    start = time.perf_counter()
-    for _ in range(n):
-        call()
-    return (time.perf_counter() - start) / n
 
 
 def time_rotary(shape: tuple[int, int, int, int], calls: int) -> None:
@@ -57,17 +41,12 @@ def time_rotary(shape: tuple[int, int, int, int], calls: int) -> None:
 
     for a, b in zip(ours(), theirs()):
         torch.testing.assert_close(a, b, atol=0, rtol=0)  # the same work, to the last bit
-    times = {ours: [], theirs: []}
-    for call in times:
-        seconds(call, calls)  # warm-up
-    for _ in RUNS:
-        for call in times:
-            times[call].append(seconds(call, calls))
-    name, mine, other = "x".join(map(str, shape)), *(np.array(t) for t in times.values())
+    times = common.in_turns({"ours": ours, "theirs": theirs}, BENCH.runs, repeat=calls)
+    name = "x".join(map(str, shape))
     context = {"cores": 1, "shape": list(shape), "dtype": "float32",
                "peer": f"transformers {transformers.__version__} apply_rotary_pos_emb"}
-    report(f"rotary_us_{name}", mine * 1e6, "microseconds for q and k", RUNS, **context)
-    report(f"rotary_vs_hf_{name}", mine / other, "ratio of times", RUNS, **context)
+    BENCH.report(f"rotary_us_{name}", 1e6 * times["ours"], "microseconds for q and k", **context)
+    BENCH.report(f"rotary_vs_hf_{name}", times["ours"] / times["theirs"], "ratio of times", **context)
 
 
 class OneLayer(nn.Module):
@@ -118,20 +97,15 @@ def extrapolate() -> None:
     context = {"steps": STEPS, "trained_places": TRAINED, "corpus": "python_docs", "layers": 1}
     for name in SCHEMES:
         bits = [bits_by_place(name, seed, train, validation) for seed in SEEDS]
-        report(f"{name}_inside", [b[:TRAINED].mean() for b in bits], "bits per byte", SEEDS,
-               places=f"0 to {TRAINED - 1}", **context)
+        BENCH.report(f"{name}_inside", [b[:TRAINED].mean() for b in bits], "bits per byte", SEEDS,
+                     places=f"0 to {TRAINED - 1}", **context)
         if name != "learned":
-            report(f"{name}_beyond", [b[READ - 32:].mean() for b in bits], "bits per byte", SEEDS,
-                   places=f"{READ - 32} to {READ - 1}", **context)
-
-
-def report(name: str, values, unit: str, seeds: range, **context) -> None:
-    entry = record(f"positions/{name}", values, unit, seeds=list(seeds), command=COMMAND, **context)
-    print(f"{name}: {entry['value']:.4g} ± {entry['sd']:.2g} {unit}", flush=True)
+            BENCH.report(f"{name}_beyond", [b[READ - 32:].mean() for b in bits], "bits per byte", SEEDS,
+                         places=f"{READ - 32} to {READ - 1}", **context)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    common.one_core()
     for shape, calls in SHAPES.items():
         time_rotary(shape, calls)
     extrapolate()

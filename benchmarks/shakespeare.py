@@ -19,23 +19,22 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+import common
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llm_book.data import get_batch
 from llm_book.gpt import GPT, GPTConfig
-from llm_book.lab import record
 from llm_book.ngram import NGramLM
-from llm_book.optim import clip_grad_norm
 from llm_book.text import load_corpus
 from llm_book.tokens import CharTokenizer
-from llm_book.train import TrainConfig, accumulate, evaluate, make_optimizers, train
+from llm_book.train import Run, TrainConfig, evaluate, train, update
 
 COMMAND = "python benchmarks/shakespeare.py --data tinyshakespeare.txt"
 T, TARGET, SEEDS, ATTEMPTS = 64, 1.8857, (0, 1, 2), 9
+BENCH = common.Bench("shakespeare", SEEDS, COMMAND)
 PEER = partial(GPTConfig, max_len=T, n_layers=4, d_model=128, n_heads=4, bias="none")
 
 
@@ -149,19 +148,19 @@ def for_seconds(recipe: Recipe, tokens: tuple, vocab_size: int, seed: int, secon
     model, config = make_model(recipe, vocab_size), make_config(recipe, 1_000_000, seed)
     evaluate(model, tokens[1], T)
     limit = seconds - 1.5 * (time.perf_counter() - started)  # time for the evaluation at the end
-    optimizers, generator = make_optimizers(model, config), torch.Generator().manual_seed(seed)
-    groups, step = [group for one in optimizers for group in one.param_groups], 0
+
+    def left() -> float:
+        """Share of the time."""
+        return max(0.0, 1 - (time.perf_counter() - started) / max(limit, 1e-9))
+
+    class ByTheClock(TrainConfig):
+        def lr_share(self, step: int) -> float:
+            return min((step + 1) / self.warmup_steps, left())
+
+    run = Run(model, ByTheClock(**asdict(config)))
     with attention(recipe):
-        while (gone := (time.perf_counter() - started) / max(limit, 1e-9)) < 1:
-            step += 1
-            for group in groups:
-                group["lr"] = group["max_lr"] * min(step / config.warmup_steps, 1 - gone)
-            model.zero_grad()
-            accumulate(model, [get_batch(tokens[0], config.batch_size, T, "cpu", generator)],
-                       config.precision)
-            clip_grad_norm(model.parameters(), config.max_norm)
-            for optimizer in optimizers:
-                optimizer.step()
+        while left():
+            update(run, run.draw(run, tokens[0]))
     return evaluate(model, tokens[1], T), time.perf_counter() - started
 
 
@@ -177,10 +176,8 @@ def the_peer(tokens: tuple, vocab_size: int, seed: int) -> tuple:
 
 
 def write(key: str, values: list[float], unit: str, **context) -> None:
-    entry = record(f"shakespeare/{key}", values, unit, seeds=SEEDS, command=COMMAND,
-                   median=statistics.median(values), threads=torch.get_num_threads(), **context)
-    print(f"{key}: {entry['context']['median']:.4f}, {entry['value']:.4f} ± {entry['sd']:.4f} {unit}",
-          flush=True)
+    BENCH.report(key, values, unit, median=statistics.median(values), threads=torch.get_num_threads(),
+                 **context)
 
 
 def side_by_side(tokens: tuple, vocab_size: int) -> None:
@@ -203,8 +200,7 @@ def side_by_side(tokens: tuple, vocab_size: int) -> None:
     write("budget_ratio", [a / b for a, b in zip(budget_seconds, seconds)], "of the recipe's time")
     for key, model in (("recipe", GPT(PEER(vocab_size))), ("target", make_model(SHORT, vocab_size)),
                        ("budget", make_model(LONG, vocab_size))):
-        record(f"shakespeare/{key}_parameters", sum(p.numel() for p in model.parameters()),
-               "parameters", seeds=(), command=COMMAND)
+        BENCH.report(f"{key}_parameters", sum(p.numel() for p in model.parameters()), "parameters")
 
 
 def ablations(tokens: tuple, vocab_size: int) -> None:
@@ -225,9 +221,7 @@ def counted(tokens: tuple, vocab_size: int) -> None:
         model = NGramLM(order, vocab_size, smoothing="kneser-ney").fit(tokens[0])
         seconds = time.perf_counter() - started
         loss = -model.log_prob(tokens[1]) / len(tokens[1])
-        record(f"shakespeare/kneser-ney_{order}", loss, "nats per character", seeds=(), command=COMMAND,
-               order=order, seconds=seconds)
-        print(f"Kneser-Ney of order {order}: {loss:.4f}", flush=True)
+        BENCH.report(f"kneser-ney_{order}", loss, "nats per character", order=order, seconds=seconds)
 
 
 def main() -> None:

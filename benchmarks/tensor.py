@@ -4,25 +4,18 @@
 
     python benchmarks/tensor.py
 """
-import os
-
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
-import time
 import tracemalloc
 from collections.abc import Callable
 
+import common
 import numpy as np
 import torch
 
 from llm_book.autograd import Value
-from llm_book.lab import record
 from llm_book.tensor import Tensor, cross_entropy
 
-RUNS, STEPS, LR = range(9), 200, 0.1
-COMMAND = "python benchmarks/tensor.py"
+BENCH = common.Bench("tensor", range(9), cores=1, network="784-256-10, batch 64, float32")
+STEPS, LR = 200, 0.1
 BATCH, INPUTS, HIDDEN, CLASSES = 64, 784, 256, 10
 SMALL = 8, 32, 16, 10  # the same four for the scalar engine
 
@@ -103,13 +96,6 @@ def products(parameters: list, images: np.ndarray) -> Callable[[], None]:
     return multiply
 
 
-def seconds(step: Callable, n: int) -> float:
-    start = time.perf_counter()
-    for _ in range(n):
-        step()
-    return (time.perf_counter() - start) / n
-
-
 def our_peak(step: Callable) -> float:
     """MB that one step takes at its peak, by NumPy's and Python's own account."""
     tracemalloc.start()
@@ -131,43 +117,29 @@ def torch_peak(step: Callable) -> float:
     return float(np.cumsum(changes).max()) / 1e6
 
 
-def report(name: str, values, unit: str, **context) -> None:
-    seeds = list(RUNS) if np.ndim(values) else ()
-    entry = record(f"tensor/{name}", values, unit, seeds=seeds, command=COMMAND, cores=1,
-                   network="784-256-10, batch 64, float32", **context)
-    print(f"{name}: {entry['value']:.4g} ± {entry['sd'] or 0:.2g} {unit}")
-
-
 def main() -> None:
-    torch.set_num_threads(1)
+    common.one_core()
     large, small = problem(BATCH, INPUTS, HIDDEN, CLASSES), problem(*SMALL)
     for peer, data in ((torch_step, large), (scalar_step, small)):  # all three do the same work
         ours, theirs = our_step(*data), peer(*data)
         np.testing.assert_allclose([ours() for _ in range(5)], [theirs() for _ in range(5)], rtol=1e-4)
 
     steps = {"ours": our_step(*large), "torch": torch_step(*large), "products": products(*large[:2])}
-    times = {name: [] for name in steps}
-    for name, step in steps.items():
-        seconds(step, STEPS)  # warm-up
-    for _ in RUNS:
-        for name, step in steps.items():
-            times[name].append(seconds(step, STEPS))
-    scalar = scalar_step(*small)
+    times = common.in_turns(steps, BENCH.runs, repeat=STEPS)
     factor = multiplications(BATCH, INPUTS, HIDDEN, CLASSES) / multiplications(*SMALL)
-    scaled = [seconds(scalar, 3) * factor for _ in RUNS]
+    times |= common.in_turns({"scalar": scalar_step(*small)}, BENCH.runs, repeat=3, warm_up=0)
 
-    report("step_ms", [1e3 * t for t in times["ours"]], "ms", steps=STEPS)
-    report("step_vs_torch", [a / b for a, b in zip(times["ours"], times["torch"])],
-           "ratio of times", steps=STEPS)
-    report("products_share", [a / b for a, b in zip(times["products"], times["ours"])],
-           "share of the step")
-    report("scalar_vs_step", [a / b for a, b in zip(scaled, times["ours"])], "ratio of times",
-           scaled=f"scalar engine timed on a {SMALL[1]}-{SMALL[2]}-{SMALL[3]} network, batch {SMALL[0]}, "
-                  f"and scaled by the number of multiplications, {factor:,.0f}")
-    report("peak_mb", our_peak(steps["ours"]), "MB",
-           about="beyond weights and images; tracemalloc, without the buffers of the BLAS library")
-    report("peak_mb_torch", torch_peak(steps["torch"]), "MB",
-           about="beyond weights and images; torch.profiler, without the buffers of the BLAS library")
+    BENCH.report("step_ms", 1e3 * times["ours"], "ms", steps=STEPS)
+    BENCH.report("step_vs_torch", times["ours"] / times["torch"], "ratio of times", steps=STEPS)
+    BENCH.report("products_share", times["products"] / times["ours"], "share of the step")
+    BENCH.report(
+        "scalar_vs_step", factor * times["scalar"] / times["ours"], "ratio of times",
+        scaled=f"scalar engine timed on a {SMALL[1]}-{SMALL[2]}-{SMALL[3]} network, batch {SMALL[0]}, "
+               f"and scaled by the number of multiplications, {factor:,.0f}")
+    BENCH.report("peak_mb", our_peak(steps["ours"]), "MB",
+                 about="beyond weights and images; tracemalloc, without the buffers of the BLAS library")
+    BENCH.report("peak_mb_torch", torch_peak(steps["torch"]), "MB",
+                 about="beyond weights and images; torch.profiler, without the buffers of the BLAS library")
 
 
 if __name__ == "__main__":

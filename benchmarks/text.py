@@ -8,9 +8,9 @@ import argparse
 import csv
 from collections import Counter
 
+import common
 import numpy as np
 
-from llm_book.lab import record
 from llm_book.text import normalise
 
 
@@ -30,13 +30,12 @@ def main() -> None:
     first_seen = np.sort(np.unique(characters, return_index=True)[1])
     read = np.unique(np.geomspace(100, len(characters), 30).astype(int))
     different = np.searchsorted(first_seen, read)
-    record("text/chnsenticorp_characters", len(counts), "different Chinese characters", seeds=(),
-           command="python benchmarks/text.py --data chnsenticorp.csv",
-           data="ChnSentiCorp, all reviews in file order", characters=len(characters),
-           reviews=len(rows), ranks=ranks.tolist(),
-           shares=[float(f"{share:.3g}") for share in counts[ranks - 1] / len(characters)],
-           read=read.tolist(), different=different.tolist())
-    print(f"{len(characters):,} Chinese characters, {len(counts):,} different")
+    bench = common.Bench("text", command="python benchmarks/text.py --data chnsenticorp.csv")
+    bench.report("chnsenticorp_characters", len(counts), "different Chinese characters",
+                 data="ChnSentiCorp, all reviews in file order", characters=len(characters),
+                 reviews=len(rows), ranks=ranks.tolist(),
+                 shares=[float(f"{share:.3g}") for share in counts[ranks - 1] / len(characters)],
+                 read=read.tolist(), different=different.tolist())
 
 
 if __name__ == "__main__":

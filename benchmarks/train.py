@@ -7,12 +7,12 @@ recipe comes from Shakespeare, and the number of steps from the clock.
 """
 import time
 
+import common
 import numpy as np
 import torch
 from gpt import RULE, bits
 from shakespeare import LONG, T, attention, make_config, make_model
 
-from llm_book.lab import record
 from llm_book.text import load_corpus, split_text
 from llm_book.train import train
 
@@ -32,16 +32,14 @@ def main() -> None:
         seconds = time.perf_counter() - started
         rows.append((bits(model, parts[2]), bits(model, parts[1]), seconds))
     test, validation, seconds = (list(column) for column in zip(*rows))
-    entry = record(
-        "ladder/gpt_recipe", test, "bits per byte", seeds=SEEDS, command="python benchmarks/train.py",
-        label="GPT, better recipe, 40 s", corpus="python_docs", split="test part of split_text",
-        test_bytes=len(parts[2]), train_bytes=len(parts[0]), rule=RULE,
+    bench = common.Bench("ladder", SEEDS, "python benchmarks/train.py")
+    bench.report(
+        "gpt_recipe", test, "bits per byte", label="GPT, better recipe, 40 s", corpus="python_docs",
+        split="test part of split_text", test_bytes=len(parts[2]), train_bytes=len(parts[0]), rule=RULE,
         validation=float(np.mean(validation)), parameters=sum(p.numel() for p in model.parameters()),
         recipe=f"{STEPS} steps of Muon and AdamW on {LONG.batch_size} × {T} bytes",
         bytes_read=STEPS * LONG.batch_size * T, seconds=float(np.mean(seconds)),
         threads=torch.get_num_threads())
-    print(f"rung: {entry['value']:.4f} ± {entry['sd']:.4f}, validation {np.mean(validation):.4f}, "
-          f"{np.mean(seconds):.0f} s")
 
 
 if __name__ == "__main__":

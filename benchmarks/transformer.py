@@ -4,28 +4,22 @@ A training step, and evaluation, where torch.nn takes a fast path of its own.
 
     python benchmarks/transformer.py
 """
-import os
-
-os.environ["OMP_NUM_THREADS"] = "1"
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
 import math
 import time
 import warnings
 from collections.abc import Callable
 
+import common
 import torch
 from torch import nn
 
-from llm_book.lab import record
 from llm_book.positions import PositionalEncoding
 from llm_book.transformer import Transformer
 
-RUNS = range(9)
-COMMAND = "python benchmarks/transformer.py"
 SHAPE = {"n_vocab": 1_000, "d_model": 128, "nhead": 4, "num_layers": 4, "dim_feedforward": 512}
-BATCH, T = 8, 128
+BATCH, T, REPEAT = 8, 128, 10
+BENCH = common.Bench("transformer", range(9), cores=1, batch=BATCH, length=T, dtype="float32",
+                     repeats=REPEAT, **SHAPE)
 
 
 class TorchTransformer(nn.Module):
@@ -67,32 +61,16 @@ def evaluation(model: nn.Module, ids: torch.Tensor, padding: torch.Tensor | None
     return forward
 
 
-def seconds(work: Callable, times: int) -> float:
-    start = time.process_time()
-    for _ in range(times):
-        work()
-    return (time.process_time() - start) / times
-
-
-def compare(name: str, ours: Callable, theirs: Callable, what: str, times: int) -> None:
-    """CPU time of both, in turns: other work on the machine does not count. Record the ratio."""
-    for work in (ours, theirs):
-        seconds(work, 2)  # warm-up
-    ratios, milliseconds = [], []
-    for run in RUNS:
-        pair = {work: seconds(work, times) for work in ((ours, theirs) if run % 2 else (theirs, ours))}
-        ratios.append(pair[ours] / pair[theirs])
-        milliseconds.append(1e3 * pair[ours])
-    context = {"cores": 1, "batch": BATCH, "length": T, "dtype": "float32", "repeats": times, **SHAPE}
-    for key, values, unit in ((f"{name}_ms", milliseconds, "ms of CPU time"),
-                              (f"{name}_vs_torch", ratios, "ratio of CPU times")):
-        entry = record(f"transformer/{key}", values, unit, seeds=list(RUNS), command=COMMAND,
-                       about=what, **context)
-        print(f"{key}: {entry['value']:.3f} ± {entry['sd']:.3f} {unit}")
+def compare(name: str, ours: Callable, theirs: Callable, what: str) -> None:
+    """CPU time of both: other work on the machine does not count. Record the ratio."""
+    times = common.in_turns({"ours": ours, "theirs": theirs}, BENCH.runs, REPEAT, warm_up=2,
+                            clock=time.process_time)
+    BENCH.report(f"{name}_ms", 1e3 * times["ours"], "ms of CPU time", about=what)
+    BENCH.report(f"{name}_vs_torch", times["ours"] / times["theirs"], "ratio of CPU times", about=what)
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    common.one_core()
     warnings.simplefilter("ignore")  # nested tensors are a prototype, says torch
     torch.manual_seed(0)
     theirs, ours = TorchTransformer(**SHAPE, dropout=0.0), Transformer(**SHAPE, dropout=0.0)
@@ -109,17 +87,17 @@ def main() -> None:
         a, b = (evaluation(model, ids_in, mask)()[real] for model in (ours, theirs))
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     compare("eval", *(evaluation(model, ids_in, None) for model in (ours, theirs)),
-            "inference mode, no masks; torch.nn on its fast path", 10)
+            "inference mode, no masks; torch.nn on its fast path")
     compare("eval_padded", *(evaluation(model, ids_in, padding) for model in (ours, theirs)),
             f"inference mode, {padding.float().mean():.0%} of the batch is padding, which the fast "
-            "path of torch.nn leaves out", 10)
+            "path of torch.nn leaves out")
 
     ours.train(), theirs.train()
     steps = [training_step(model, ids, future) for model in (ours, theirs)]
     for _ in range(3):  # equal weights stay equal
         a, b = (step() for step in steps)
         assert math.isclose(a, b, rel_tol=1e-4), (a, b)
-    compare("step", *steps, "logits, loss, gradients, SGD, with a causal mask", 10)
+    compare("step", *steps, "logits, loss, gradients, SGD, with a causal mask")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python site/execute.py --in-place NOTEBOOK [NOTEBOOK …]  # outputs go back into the notebook
 
 After each exercise's stub the answer folded below it is run as well: the stub must fail its
-check and the answer must pass.
+check and the answer must pass. And where a cell reads the ledger, by `recall` or `plot_ladder`,
+what the notebook has stored must be what the cell gives today.
 """
 import argparse
 import ctypes
@@ -22,6 +23,8 @@ from nbclient import NotebookClient
 SKIP = re.compile(r"^#\|\s*(cuda|slow)\s*$", re.M)  # tst_flags of settings.ini
 ANSWER = re.compile(r"<details>.*?```python\n(.*?)```.*?</details>", re.S)
 CHECK = re.compile(r"^check\(.*\)$", re.M)
+LEDGER = re.compile(r"\b(recall|plot_ladder)\(")
+MATPLOTLIB = re.compile(r"<dc:title>(Matplotlib v[^<,]+)")
 
 
 def cut_network() -> None:
@@ -59,6 +62,40 @@ def with_answers(notebook):
     return copy
 
 
+def shown(cell) -> tuple[str, list[str]]:
+    """What a cell's outputs say: the text, printed or displayed; and the figures, as SVG."""
+    text, figures = "", []
+    for output in cell.outputs:
+        data = output.get("data", {})
+        if output.output_type == "stream" and output.name == "stdout":
+            text += output.text
+        elif svg := data.get("image/svg+xml"):
+            figures.append(svg)
+        elif not any(kind.startswith(("image/", "application/")) for kind in data):
+            text += data.get("text/html") or data.get("text/plain", "")
+    return text, figures
+
+
+def refuse_stale(stored, fresh) -> None:
+    """Compare the cells that read the ledger: as the notebook has them, and as they ran now.
+
+    Figures are compared if the same version of matplotlib drew both.
+    """
+    now = {cell.id: cell for cell in fresh.cells}
+    for cell in stored.cells:
+        if cell.cell_type == "code" and LEDGER.search(cell.source) and cell.id in now:
+            (old, old_figures), (new, new_figures) = shown(cell), shown(now[cell.id])
+            drawn_by = [set(MATPLOTLIB.findall("".join(figures)))
+                        for figures in (old_figures, new_figures)]
+            if old != new:
+                raise SystemExit(f"cell {cell.id} shows other values than the ledger has; stored:\n"
+                                 f"{old}\ntoday:\n{new}\nExecute the page in place.")
+            if len(old_figures) != len(new_figures) or (
+                    drawn_by[0] == drawn_by[1] and old_figures != new_figures):
+                raise SystemExit(f"cell {cell.id} shows another figure than the ledger gives today:\n"
+                                 f"{cell.source}\nExecute the page in place.")
+
+
 def execute(path: Path, in_place: bool) -> None:
     notebook = nbformat.read(path, as_version=4)
     run = notebook if in_place else with_answers(notebook)
@@ -70,7 +107,9 @@ def execute(path: Path, in_place: bool) -> None:
         client = NotebookClient(run, timeout=600, kernel_name="python3",
                                 resources={"metadata": {"path": folder}})
         client.execute()
-    if in_place:
+    if not in_place:
+        refuse_stale(notebook, run)
+    else:
         from notebooks import drop_widgets
 
         drop_widgets(run)  # a slider without its kernel is only an error message

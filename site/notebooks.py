@@ -1,8 +1,10 @@
 """What the renderers, the tests and make share: the settings, the list of chapters, the filter.
 
-    python site/notebooks.py install-cells   # rewrite each notebook's first code cell
+    python site/notebooks.py install-cells   # rewrite what derives from settings.ini: each
+                                             # notebook's first code cell, CITATION.cff, URLs
 """
 import configparser
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +20,24 @@ import importlib.util
 if importlib.util.find_spec("llm_book") is None:
     %pip install -q "git+https://github.com/{user}/{repo}@{branch}"
 """
+CITATION = """\
+# Written by `make export` from settings.ini.
+cff-version: 1.2.0
+message: If you use the book or its package, please cite it as below.
+type: software
+title: "{title}"
+abstract: "{description}. Code: Apache-2.0; prose and figures: CC BY 4.0."
+authors:
+  - name: "{author}"
+version: {version}
+license: Apache-2.0
+repository-code: "https://github.com/{user}/{repo}"
+url: "https://{user}.github.io/{repo}/"
+"""
+URLS = {"Homepage": "https://{user}.github.io/{repo}/",  # in pyproject.toml
+        "Repository": "https://github.com/{user}/{repo}",
+        "Issues": "https://github.com/{user}/{repo}/issues",
+        "Changelog": "https://github.com/{user}/{repo}/blob/{branch}/CHANGELOG.md"}
 
 
 def settings() -> dict:
@@ -85,7 +105,19 @@ def write_install_cells() -> None:
             nbformat.write(notebook, path)
 
 
+def write_links() -> None:
+    """Write CITATION.cff, and the project's URLs in pyproject.toml, where they have changed."""
+    book, project, citation = settings(), ROOT / "pyproject.toml", ROOT / "CITATION.cff"
+    text = project.read_text(encoding="utf-8")
+    for name, url in URLS.items():
+        text = re.sub(rf'^{name} = ".*"$', f'{name} = "{url.format(**book)}"', text, flags=re.M)
+    for path, content in ((project, text), (citation, CITATION.format(**book))):
+        if not path.exists() or path.read_text(encoding="utf-8") != content:
+            path.write_text(content, encoding="utf-8")
+
+
 if __name__ == "__main__":
     if sys.argv[1:] != ["install-cells"]:
         sys.exit(__doc__)
     write_install_cells()
+    write_links()

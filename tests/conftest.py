@@ -11,6 +11,18 @@ sys.path.insert(0, str(ROOT / "site"))  # notebooks.py, which the renderers use 
 settings.register_profile("book", deadline=None, max_examples=60)
 settings.load_profile("book")
 
+# What `make fast` leaves out, besides tests that are marked themselves: all that reads, executes or
+# renders pages, which is no business of another Python; and what uses a fixture that starts processes.
+OF_PAGES = ("test_house", "test_notebooks", "test_site")
+PROCESSES = {"test_distributed": {"two", "undisturbed"}, "test_runs": {"server"}}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = item.path.stem
+        if name in OF_PAGES or PROCESSES.get(name, set()) & set(item.fixturenames):
+            item.add_marker("slow")
+
 
 @pytest.fixture
 def ledger(tmp_path, monkeypatch):

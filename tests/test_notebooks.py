@@ -9,12 +9,16 @@ import shutil
 import subprocess
 import sys
 
+import nbformat
 import pytest
 from conftest import ROOT
+from execute import refuse_stale
 from filelock import FileLock
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from notebooks import chapters
 
 COLAB = ROOT / ".colab"
+EXECUTE = [sys.executable, ROOT / "site" / "execute.py"]
 
 
 def run(*command, **options):
@@ -81,9 +85,6 @@ def test_the_network_is_cut():
 
 
 def test_a_wrong_answer_would_be_noticed(tmp_path):
-    import nbformat
-    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-
     judge = ("from llm_book.lab import check, exercise\n\n\n@exercise('98.1')\ndef judge(fn):\n"
              "    assert fn() == 4")
     for stub, answer, passes in ((3, 4, True), (4, 4, False), (3, 3, False)):
@@ -92,6 +93,55 @@ def test_a_wrong_answer_would_be_noticed(tmp_path):
             new_markdown_cell("<details><summary>Answer</summary>\n\n```python\ndef f():\n"
                               f"    return {answer}\n```\n\n</details>")])
         nbformat.write(page, tmp_path / "page.ipynb")
-        done = subprocess.run([sys.executable, ROOT / "site" / "execute.py", tmp_path / "page.ipynb"],
-                              capture_output=True, text=True)
+        done = subprocess.run([*EXECUTE, tmp_path / "page.ipynb"], capture_output=True, text=True)
         assert (done.returncode == 0) == passes, done.stderr[-2000:]
+
+
+def ledger_page(source, **outputs):
+    """A page of one cell, with its outputs: text, or figures by a version of matplotlib."""
+    made = [new_output("stream", text=outputs["text"])] if "text" in outputs else []
+    for version, line in outputs.get("figures", ()):
+        svg = f"<svg><dc:title>Matplotlib v{version}, https</dc:title>{line}</svg>"
+        made.append(new_output("display_data", {"image/svg+xml": svg, "text/plain": "<Figure>"}))
+    return new_notebook(cells=[new_code_cell(source, id="a-cell", outputs=made)])
+
+
+@pytest.mark.parametrize("source, stored, fresh, noticed", [
+    ('print(recall("a/b"))', dict(text="1\n"), dict(text="1\n"), None),
+    ('print(recall("a/b"))', dict(text="1\n"), dict(text="2\n"), "stored:\n1\n\ntoday:\n2"),
+    ('print(recall("a/b"))', {}, dict(text="2\n"), "stored:\n\ntoday:\n2"),
+    ("print(time.time())", dict(text="1\n"), dict(text="2\n"), None),
+    ('plot_ladder("09")', dict(figures=[("1", "x")]), dict(figures=[("1", "x")]), None),
+    ('plot_ladder("09")', dict(figures=[("1", "x")]), dict(figures=[("1", "y")]), "another figure"),
+    ('plot_ladder("09")', dict(figures=[("1", "x")]), dict(figures=[("2", "y")]), None),
+    ('plot_ladder("09")', {}, dict(figures=[("2", "y")]), "another figure"),
+])
+def test_a_stale_ledger_value_would_be_noticed(source, stored, fresh, noticed):
+    pages = ledger_page(source, **stored), ledger_page(source, **fresh)
+    if not noticed:
+        refuse_stale(*pages)
+        return
+    with pytest.raises(SystemExit) as error:
+        refuse_stale(*pages)
+    assert "cell a-cell" in str(error.value) and noticed in str(error.value)
+
+
+def test_what_the_ledger_shows_is_the_same_in_every_run(tmp_path, ledger):
+    """Text, table and ladder, executed in place and again; then with another ledger."""
+    from llm_book.lab import record
+
+    cells = ["from llm_book.lab import plot_ladder, recall, set_style\n\nset_style()",
+             'entry = recall("ladder/gpt")\nprint(f"{entry[\'value\']:.2f}")\nplot_ladder("14")',
+             '#| slow\nprint(recall("nothing"))']
+    page = new_notebook(cells=[new_code_cell(source) for source in cells])
+    page.cells[2].outputs = [new_output("stream", text="not compared")]
+    nbformat.write(page, tmp_path / "page.ipynb")
+    codes = []
+    for value, flags in ((2.0, ["--in-place"]), (2.0, []), (2.001, [])):
+        record("ladder/gpt", value, "bits per byte", seeds=(), command="c")
+        done = subprocess.run([*EXECUTE, *flags, tmp_path / "page.ipynb"], capture_output=True, text=True)
+        codes.append(done.returncode)
+    stored = nbformat.read(tmp_path / "page.ipynb", as_version=4).cells[1].outputs
+    assert stored[0].text == "2.00\n" and "image/svg+xml" in stored[2].data
+    assert codes == [0, 0, 1], done.stderr
+    assert f"cell {page.cells[1].id} shows another figure" in done.stderr  # 2.00 is what it prints still

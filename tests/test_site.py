@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 
+import nbformat
 import pytest
 from conftest import ROOT
 from filelock import FileLock
-from notebooks import chapters, colab_url, settings
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from notebooks import chapters, colab_url, filter_notebook, settings
 
 PAGES = [path.stem for path in chapters()]
+FOLDED = [path.stem for path in chapters() if "#| code-fold: true" in path.read_text(encoding="utf-8")]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium found; on Debian: apt-get install chromium")
@@ -193,7 +196,58 @@ def test_dark_mode_toggles_and_turns_figures_dark(visit):
 @needs_browser
 def test_answers_are_folded(visit):
     page = visit("02_tokens.html")
-    answers = page.locator("details").all()
-    assert len(answers) == 3 and not any(answer.get_attribute("open") for answer in answers)
+    answers = page.locator("details:not(.code-fold)").all()
+    source = nbformat.read(ROOT / "nbs" / "02_tokens.ipynb", as_version=4)
+    assert len(answers) == sum("<details>" in cell.source for cell in source.cells) >= 3
+    assert not any(answer.get_attribute("open") for answer in answers)
     answers[0].locator("summary").click()
     assert answers[0].locator("pre").is_visible()
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("how", ["mouse", "keyboard"])
+def test_folded_code_is_closed_and_opens(visit, scheme, how):
+    """Its output is there all the time, and nothing above the code moves when it opens."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = visit(f"{FOLDED[0]}.html", scheme=scheme)
+    for cell in page.locator(".cell:has(> details.code-fold)").all():
+        assert not cell.locator("pre").first.is_visible()
+        for output in cell.locator("> .cell_output > *").all():
+            assert output.is_visible()
+    fold = page.locator("details.code-fold").first
+    summary, code = fold.locator("summary"), fold.locator("pre").first
+    assert summary.inner_text() == "Show the code"
+    summary.scroll_into_view_if_needed()
+    before = summary.bounding_box()
+    if how == "mouse":
+        summary.click()
+    else:
+        summary.focus()
+        page.keyboard.press("Enter")
+    code.wait_for(state="visible")
+    after, start = summary.bounding_box(), code.bounding_box()["y"]
+    assert after == before and start >= before["y"] + before["height"]
+    found = Axe().run(page, context="details.code-fold[open]", options={"preload": False}).response
+    assert [violation["id"] for violation in found["violations"]] == []
+    summary.press("Enter")
+    code.wait_for(state="hidden")
+
+
+def test_a_cells_options_reach_sphinx_and_no_reader():
+    """Folded, hidden, plumbing, not to be evaluated by nbdev: what is left of each on the page."""
+    from build import for_sphinx
+
+    out = [new_output("stream", text="out")]
+    sources = ["#| export\nplumbing = 1", "#| exports\nshown = 1",
+               "#| exports\n#| code-fold: true\nfolded = 1", "#| eval: false\nstub = 1",
+               "#| code-fold: true\n#| fig-alt: a line\nplot()", "#| echo: false\nprint()",
+               "#| hide\nsecret = 1"]
+    page = for_sphinx(filter_notebook(new_notebook(cells=[
+        new_code_cell(source, outputs=out) for source in sources])))
+    assert [(cell.source, cell.metadata.get("tags")) for cell in page.cells] == [
+        ("shown = 1", None), ("folded = 1", ["hide-input"]), ("stub = 1", None),
+        ("plot()", ["hide-input"]), ("print()", ["remove-input"])]
+    assert all(cell.outputs[0].text == "out" for cell in page.cells)
+    assert page.cells[3].metadata["mystnb"] == {"image": {"alt": "a line"}}
