@@ -6,12 +6,13 @@
 __all__ = ['get_batch', 'fingerprint', 'TokenFile', 'encode_file', 'sequential_batches', 'pack', 'document_mask']
 
 # %% ../nbs/08_data.ipynb #9d3726f0
+#| code-fold: true
 import hashlib
 import os
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice, pairwise
+from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +21,19 @@ from jaxtyping import Bool, Int, Int64
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
+from .lab import replacing, require
 from .text import normalise
 from .tokens import ByteTokenizer, CharTokenizer
 
 # %% ../nbs/08_data.ipynb #98de6efd
 def _checked(tokens, batch_size: int, seq_len: int, needed: int) -> np.ndarray:
     """`tokens` as a flat array. Raises: `ValueError` for an argument that makes no batch."""
-    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    require(batch_size >= 1, "batch_size", "at least 1", batch_size)
+    require(seq_len >= 1, "seq_len", "at least 1", seq_len)
     ids = np.asarray(tokens)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"tokens must be a flat sequence of integers, not {ids.dtype} "
-                         f"of shape {ids.shape}")
-    if len(ids) < needed:
-        raise ValueError(f"tokens must be at least {needed} for seq_len {seq_len}, not {len(ids)}")
+    require(ids.ndim == 1 and ids.dtype.kind in "iu", "tokens", "a flat sequence of integers",
+            f"{ids.dtype} of shape {ids.shape}")
+    require(len(ids) >= needed, "tokens", f"at least {needed} for seq_len {seq_len}", len(ids))
     return ids
 
 
@@ -81,19 +80,18 @@ class TokenFile:
         """Raises: `ValueError` for any file that is not a whole token file of this tokenizer."""
         with open(path, "rb") as file:
             head, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
-        if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-            raise ValueError(f"path must be a token file; {str(path)!r} is not")
+        require(len(head) == _HEADER.size and head.startswith(_MAGIC), "path", "a token file",
+                str(path))
         _, version, width, count, digest = _HEADER.unpack(head)
-        if version != _VERSION or width not in (2, 4):
-            raise ValueError(f"path must be a token file of version {_VERSION} with 2 or 4 bytes "
-                             f"per id; {str(path)!r} has version {version} and {width} bytes")
-        if size != (whole := _HEADER.size + width * count):
-            raise ValueError(f"path must be a complete token file; {str(path)!r} has "
-                             f"{size:,} bytes instead of {whole:,}")
+        require(version == _VERSION and width in (2, 4), "path",
+                f"a token file of version {_VERSION} with 2 or 4 bytes per id", (version, width))
+        require(size == _HEADER.size + width * count, "path",
+                f"a complete token file of {_HEADER.size + width * count:,} bytes", size)
         self.path, self.fingerprint = Path(path), digest.hex()
-        if tokenizer is not None and (given := fingerprint(tokenizer)) != self.fingerprint:
-            raise ValueError(f"tokenizer must be the one that {str(path)!r} was written with, "
-                             f"{self.fingerprint[:16]}…, not {given[:16]}…")
+        given = self.fingerprint if tokenizer is None else fingerprint(tokenizer)
+        require(given == self.fingerprint, "tokenizer",
+                f"the one that {str(path)!r} was written with, {self.fingerprint[:16]}…",
+                f"{given[:16]}…")
         self.ids = np.memmap(path, f"<u{width}", "r", _HEADER.size, count).view(np.ndarray)
 
     @classmethod
@@ -109,22 +107,15 @@ class TokenFile:
         """
         ids, count = iter(ids), 0
         width = 2 if tokenizer.vocab_size <= 2**16 else 4
-        draft = Path(f"{path}.{os.getpid()}.tmp")
-        try:
-            with draft.open("wb") as file:
-                file.write(bytes(_HEADER.size))
-                while len(chunk := np.array(list(islice(ids, _CHUNK)))):
-                    _refuse_strangers(chunk, tokenizer.vocab_size)
-                    file.write(chunk.astype(f"<u{width}").tobytes())
-                    count += len(chunk)
-                file.seek(0)
-                file.write(_HEADER.pack(_MAGIC, _VERSION, width, count,
-                                        bytes.fromhex(fingerprint(tokenizer))))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with replacing(path) as draft, draft.open("wb") as file:
+            file.write(bytes(_HEADER.size))
+            while len(chunk := np.array(list(islice(ids, _CHUNK)))):
+                _refuse_strangers(chunk, tokenizer.vocab_size)
+                file.write(chunk.astype(f"<u{width}").tobytes())
+                count += len(chunk)
+            file.seek(0)
+            file.write(_HEADER.pack(_MAGIC, _VERSION, width, count,
+                                    bytes.fromhex(fingerprint(tokenizer))))
         return cls(path)
 
     def __len__(self) -> int:
@@ -140,9 +131,9 @@ class TokenFile:
 
 def _refuse_strangers(ids: np.ndarray, vocab_size: int) -> None:
     """Raises: `ValueError` unless all `ids` are integers from 0 to vocab_size - 1."""
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"ids must be integers from 0 to {vocab_size - 1}, "
-                         f"not {ids.dtype} from {ids.min()} to {ids.max()}")
+    inside = ids.ndim == 1 and ids.dtype.kind in "iu" and 0 <= ids.min() <= ids.max() < vocab_size
+    require(inside, "ids", f"integers from 0 to {vocab_size - 1}",
+            f"{ids.dtype} from {ids.min()} to {ids.max()}")
 
 # %% ../nbs/08_data.ipynb #fc9d2086
 def encode_file(
@@ -155,8 +146,11 @@ def encode_file(
     Raises: `ValueError` for bytes that are not UTF-8, and what `tokenizer` raises; nothing is
     written then.
     """
+    require(Path(text_path).resolve() != Path(tokens_path).resolve(), "tokens_path",
+            "another file than text_path", str(tokens_path))
     with open(text_path, encoding="utf-8") as file:
-        lines = map(normalise, file)
+        lines = (normalise(line) if first else normalise("\n" + line)[1:]  # a line, not a text
+                 for first, line in zip(chain([True], repeat(False)), file))
         if isinstance(tokenizer, (CharTokenizer, ByteTokenizer)):
             ids = chain.from_iterable(map(tokenizer.encode, lines))
         else:
@@ -192,7 +186,7 @@ def sequential_batches(
 
 # %% ../nbs/08_data.ipynb #50b6cc88
 def pack(
-    documents: Iterable[Sequence[int]],
+    documents: Iterable[Iterable[int]],
     separator_id: int,  # must not occur in a document
     seq_len: int,  # T
 ) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "N T"]]:
@@ -202,19 +196,16 @@ def pack(
 
     Raises: `ValueError` for no documents, a separator inside one, or `seq_len` below 1.
     """
-    if seq_len < 1:
-        raise ValueError(f"seq_len must be at least 1, not {seq_len}")
-    tape = [separator_id]
-    for number, document in enumerate(documents):
-        if separator_id in document:
-            raise ValueError(f"documents must not contain the separator {separator_id}; "
-                             f"number {number} does")
-        tape += [*document, separator_id]
-    if len(tape) == 1:
-        raise ValueError("documents must be at least one, not none")
-    missing = -(len(tape) - 1) % seq_len
-    x = torch.tensor(tape[:-1] + [separator_id] * missing)
-    y = torch.tensor(tape[1:] + [-100] * missing)
+    require(seq_len >= 1, "seq_len", "at least 1", seq_len)
+    stream = [separator_id]
+    for number, document in enumerate(map(list, documents)):
+        require(separator_id not in document, f"document {number}",
+                f"without the separator {separator_id}", document)
+        stream += [*map(int, document), separator_id]
+    require(len(stream) > 1, "documents", "at least one", 0)
+    missing = -(len(stream) - 1) % seq_len
+    x = torch.tensor(stream[:-1] + [separator_id] * missing)
+    y = torch.tensor(stream[1:] + [-100] * missing)
     return x.view(-1, seq_len), y.view(-1, seq_len)
 
 # %% ../nbs/08_data.ipynb #2154aacc

@@ -17,6 +17,7 @@ from llm_book.data import (
     pack,
     sequential_batches,
 )
+from llm_book.text import load_corpus
 from llm_book.tokens import BPETokenizer, ByteTokenizer, CharTokenizer
 
 BYTE = ByteTokenizer()
@@ -184,7 +185,7 @@ def test_pack_and_mask(docs, seq_len):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (([[1, 0]], 0, 4), "number 0 does"), (([], 0, 4), "at least one"), (([[1]], 0, 0), "seq_len"),
+    (([[1, 0]], 0, 4), "document 0 must be without the separator 0"), (([], 0, 4), "at least one"), (([[1]], 0, 0), "seq_len"),
 ])
 def test_pack_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -204,3 +205,39 @@ def test_two_readers_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert all(torch.equal(a[0], b[0]) for a, b in zip(*found))
+
+
+def test_a_file_is_encoded_as_its_whole_text(tmp_path):
+    """A byte-order mark is dropped at the start of a text, not at the start of each line."""
+    path = tmp_path / "marked.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\r\nthree\n")
+    tokenizer = ByteTokenizer()
+    found = encode_file(path, tmp_path / "marked.bin", tokenizer)[:].tolist()
+    assert found == tokenizer.encode(load_corpus(path).text)
+
+
+def test_a_text_is_not_overwritten_by_its_tokens(tmp_path):
+    path = tmp_path / "s.txt"
+    path.write_text("text")
+    with pytest.raises(ValueError, match="tokens_path must be another file than text_path"):
+        encode_file(path, tmp_path / "." / "s.txt", ByteTokenizer())
+    assert path.read_text() == "text"
+
+
+def test_pack_takes_iterators_and_slices_of_files(tmp_path):
+    x, y = pack((iter(document) for document in ([1, 2], [3])), 0, 4)
+    assert x.tolist() == [[0, 1, 2, 0], [3, 0, 0, 0]] and y.tolist() == [[1, 2, 0, 3], [0, -100, -100, -100]]
+    file = TokenFile.write(tmp_path / "t.bin", [1, 2, 3, 4, 5], ByteTokenizer())
+    x, y = pack([file[0:2], file[3:5]], 0, 4)
+    assert x.dtype == y.dtype == torch.int64 and x.tolist() == [[0, 1, 2, 0], [4, 5, 0, 0]]
+
+
+def test_two_writers_leave_one_whole_file(tmp_path):
+    path, rows = tmp_path / "t.bin", ([1] * 70_000, [2] * 70_000)
+    threads = [threading.Thread(target=lambda row=row: [TokenFile.write(path, row, ByteTokenizer()) for _ in range(5)])
+               for row in rows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert TokenFile(path)[:].tolist() in rows and [part.name for part in tmp_path.iterdir()] == ["t.bin"]
