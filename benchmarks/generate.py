@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm_book.generate import Decoder, generate
-from llm_book.gpt import GPT, GPTConfig, weights_from_hf
+from llm_book.gpt import GPT, GPTConfig
+from llm_book.hub import weights_from_hf
 from llm_book.lab import record
 
 PROMPT = 16

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .block import FeedForward, RMSNorm
-from .gpt import GPT, _refuse_training, padding_mask
+from .gpt import GPT, padding_mask, require_evaluation
 
 # %% ../nbs/19_generate.ipynb #1ed5d938
 def penalise(
@@ -103,7 +103,7 @@ def _check_request(model, ids: Tensor, max_new_tokens: int) -> None:
         raise ValueError(f"max_new_tokens must be from 1 to {room} after {ids.shape[1]} tokens, "
                          f"since max_len is {model.config.max_len}, not {max_new_tokens}; cut the "
                          "prompt to go on with less of it")
-    _refuse_training(model)
+    require_evaluation(model)
 
 # %% ../nbs/19_generate.ipynb #4ba8f3d9
 def _choose(logits: Tensor, previous: Tensor, generator, sampling: dict) -> Int[Tensor, "B 1"]:
@@ -452,7 +452,7 @@ class Decoder:
         dtype: torch.dtype | None = None,  # of the matrices, the model's if not given
     ):
         """Raises: `ValueError` for a model in training mode with dropout."""
-        _refuse_training(model)
+        require_evaluation(model)
         self.model, self.config, self.device = model, model.config, model.device
         self.new_cache, self.embedding = model.new_cache, model.embedding.weight.detach()
         learned = model.positions is not None

@@ -31,7 +31,8 @@ from llm_book.generate import (
     stream,
     stream_text,
 )
-from llm_book.gpt import GPT, GPTConfig, weights_from_hf
+from llm_book.gpt import GPT, GPTConfig
+from llm_book.hub import weights_from_hf
 from llm_book.tokens import BPETokenizer, ByteTokenizer, CharTokenizer
 
 SHAPES = {"gpt2": {}, "gpt2-qkv-bias": dict(bias="qkv"),
@@ -513,7 +514,8 @@ def test_requests_that_cannot_work_are_refused():
         refused("max_new_tokens must be from 1 to 45", fn, model, prompt(1, 2, 3), 0)
         refused("max_new_tokens must be from 1 to -1", fn, model, prompt(*[1] * 49), 1)
     assert generate(model, prompt(1, 2, 3), 45).shape == (1, 48)  # up to the last place
-    refused("ids must be from 0 to 22, not 1 … 23", generate, model, prompt(1, 23), 5)
+    with pytest.raises(IndexError):  # torch's own
+        generate(model, prompt(1, 23), 5)
     for bad in ([2], [-1]):
         refused(r"n_padding must be 1 numbers from 0 to 1, not", generate, model, prompt(1, 2), 5,
                 n_padding=torch.tensor(bad))

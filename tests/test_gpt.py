@@ -1,252 +1,21 @@
-"""Chapter 14: GPT against transformers, its cache against itself, its files against damage."""
-import json
+"""Chapter 14: GPT against transformers, its cache and masks against itself."""
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+from gpts import GPT2, LLAMA, SHAPES, ids, random_model, theirs, without_type_checker
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from transformers.utils import logging
 
-from llm_book.gpt import GPT, PRESETS, GPTConfig, config_from_hf, padding_mask
-
-logging.set_verbosity_error()
-logging.disable_progress_bar()
-
-GPT2 = dict(vocab_size=65, max_len=24, n_layers=2, d_model=24, n_heads=4)
-LLAMA = dict(GPT2, n_kv_heads=2, positions="rotary", norm="rms", feed_forward="swiglu", bias="none", tied=False)
-SHAPES = {
-    "gpt2": GPT2, "gpt2, untied": dict(GPT2, tied=False), "gpt2, d_ff": dict(GPT2, d_ff=40, n_heads=3),
-    "llama": LLAMA, "llama, tied, one kv head": dict(LLAMA, tied=True, n_kv_heads=1),
-    "llama, all heads, theta": dict(LLAMA, n_kv_heads=4, rope_theta=500_000.0, head_dim=10),
-    "qwen2": dict(LLAMA, bias="qkv", norm_eps=1e-6), "qwen2, tied": dict(LLAMA, bias="qkv", tied=True),
-    "qwen3": dict(LLAMA, qk_norm=True, head_dim=8), "qwen3, tied": dict(LLAMA, qk_norm=True, tied=True),
-    "gpt2, other heads": dict(GPT2, head_dim=5), "gpt2, grouped": dict(GPT2, n_kv_heads=2),
-    "no family": dict(LLAMA, positions="learned", feed_forward="gelu", qk_norm=True),
-}
-CLASSES = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM,
-           "qwen3": Qwen3ForCausalLM}
-
-
-def random_model(seed=0, **options) -> GPT:
-    """A GPT in which no weight has the value that initialisation gives, so that each one counts."""
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(**options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def ids(seed=0, B=3, T=24, V=65):
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+from llm_book.data import document_mask
+from llm_book.gpt import GPT, PRESETS, GPTConfig, padding_mask, require_evaluation
 
 
 @pytest.fixture(params=SHAPES, ids=lambda name: name)
 def model(request):
     return random_model(**SHAPES[request.param])
 
-
-def family_of(folder):
-    return json.loads((folder / "config.json").read_text())["model_type"]
-
-
-# ---- Hugging Face's folders
-
-def theirs(name, **options):
-    torch.manual_seed(1)
-    common = dict(vocab_size=65, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=4,
-                  max_position_embeddings=24, intermediate_size=40)
-    makes = {
-        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=65, n_positions=24, n_embd=24, n_layer=2,
-                                                   n_head=4, **options)),
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**{**common, **options})),
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**{**common, **options})),
-        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**{**common, **options})),
-    }
-    model = makes[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-THEIRS = [("gpt2", {}), ("gpt2", dict(n_inner=50)), ("gpt2", dict(tie_word_embeddings=False)),
-          ("llama", {}), ("llama", dict(num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
-          ("llama", dict(head_dim=10, tie_word_embeddings=True)),
-          ("qwen2", dict(num_key_value_heads=1)), ("qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True)),
-          ("qwen3", dict(num_key_value_heads=2, head_dim=8)), ("qwen3", dict(num_key_value_heads=4))]
-
-
-@pytest.mark.parametrize("name, options", THEIRS)
-def test_we_read_what_transformers_writes(name, options, tmp_path):
-    peer = theirs(name, **options)
-    peer.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(tmp_path)
-    assert not ours.training
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids())[0], peer(ids()).logits, atol=1e-4, rtol=0)
-
-
-def test_we_read_shards(tmp_path):
-    peer = theirs("llama")
-    peer.save_pretrained(tmp_path, max_shard_size="10KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    with torch.no_grad():
-        torch.testing.assert_close(GPT.from_pretrained(tmp_path)(ids())[0], peer(ids()).logits,
-                                   atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("max_shard_bytes", [5 * 10**9, 10_000])
-def test_transformers_reads_what_we_write(model, max_shard_bytes, tmp_path):
-    model.save_pretrained(tmp_path, max_shard_bytes)
-    n_files = len(list(tmp_path.glob("*.safetensors")))
-    assert n_files == 1 if max_shard_bytes > 10**9 else n_files > 1
-    again = GPT.from_pretrained(tmp_path)
-    assert again.config == model.config
-    for (name, ours), other in zip(model.named_parameters(), again.parameters()):
-        assert torch.equal(ours, other), name
-    if (family := family_of(tmp_path)) != "llm_book":
-        peer, report = CLASSES[family].from_pretrained(tmp_path, output_loading_info=True)
-        assert not report["missing_keys"] and not report["unexpected_keys"]
-        with torch.no_grad():
-            torch.testing.assert_close(model(ids())[0], peer.eval()(ids()).logits, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("name, family", [("gpt2", "gpt2"), ("llama", "llama"), ("qwen2", "qwen2"),
-                                          ("qwen3", "qwen3"), ("no family", "llm_book")])
-def test_families(name, family, tmp_path):
-    random_model(**SHAPES[name]).save_pretrained(tmp_path)
-    assert family_of(tmp_path) == family
-
-
-def test_names_of_a_bare_model_and_old_buffers(tmp_path):
-    """The first GPT-2 files: no `transformer.` in front, and masks among the weights."""
-    peer = theirs("gpt2")
-    peer.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
-    weights["h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
-    weights["h.1.attn.masked_bias"] = torch.tensor(-1e4)
-    save_file(weights, tmp_path / "model.safetensors")
-    with torch.no_grad():
-        torch.testing.assert_close(GPT.from_pretrained(tmp_path)(ids())[0], peer(ids()).logits,
-                                   atol=1e-4, rtol=0)
-
-
-def test_names_of_a_bare_llama_and_its_old_buffers(tmp_path):
-    peer = theirs("llama", tie_word_embeddings=True)
-    peer.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
-    weights["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
-    save_file(weights, tmp_path / "model.safetensors")
-    with torch.no_grad():
-        torch.testing.assert_close(GPT.from_pretrained(tmp_path)(ids())[0], peer(ids()).logits,
-                                   atol=1e-4, rtol=0)
-
-
-def test_options_that_old_files_leave_out(tmp_path):
-    """config.json of GPT-2 names few options; Llama's had rope_theta on the first level."""
-    peer = theirs("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    peer.save_pretrained(tmp_path)
-    options = json.loads((tmp_path / "config.json").read_text())
-    del options["rope_parameters"], options["tie_word_embeddings"], options["head_dim"]
-    options["rope_theta"] = 5e5
-    (tmp_path / "config.json").write_text(json.dumps(options))
-    with torch.no_grad():
-        torch.testing.assert_close(GPT.from_pretrained(tmp_path)(ids())[0], peer(ids()).logits,
-                                   atol=1e-4, rtol=0)
-
-
-def test_dtype(tmp_path):
-    model = random_model(**LLAMA).to(torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    assert GPT.from_pretrained(tmp_path).embedding.weight.dtype == torch.float32
-    again = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert torch.equal(again.embedding.weight, model.embedding.weight)
-
-
-def damaged(folder, change):
-    random_model(**GPT2).save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("transformer.h.1.mlp.c_fc.bias"), r"missing: transformer\.h\.1\.mlp\.c_fc\.bias"),
-    (lambda w: w.update({"transformer.h.2.ln_1.bias": torch.zeros(24)}), r"extra: transformer\.h\.2\.ln_1\.bias"),
-    (lambda w: w.update({"transformer.wpe.weight": torch.zeros(25, 24)}),
-     r"misshapen: transformer\.wpe\.weight is \(25, 24\) instead of \(24, 24\)"),
-    (lambda w: w.update({"lm_head.weight": torch.zeros(65, 24)}), r"extra: lm_head\.weight"),
-])
-def test_damaged_weights_are_named(change, message, tmp_path):
-    damaged(tmp_path, change)
-    with pytest.raises(ValueError, match=message):
-        GPT.from_pretrained(tmp_path)
-
-
-def test_a_copy_of_the_tied_head_is_no_damage(tmp_path):
-    damaged(tmp_path, lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"].clone()}))
-    GPT.from_pretrained(tmp_path)
-
-
-def test_pickles_and_broken_files_are_refused(tmp_path):
-    random_model(**GPT2).save_pretrained(tmp_path)
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        GPT.from_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
-        GPT.from_pretrained(tmp_path)
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"must be safetensors, not pytorch_model\.bin"):
-        GPT.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("change, message", [
-    (dict(model_type="bert"), "model_type must be one of .*'gpt2'.* not 'bert'"),
-    (dict(activation_function="relu"), "activation_function must be 'gelu_new' in config.json, not 'relu'"),
-    (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx must be False"),
-    (dict(n_head=5), "n_heads must divide d_model = 24"),
-    (dict(model_type="llama", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
-     "rope_type must be 'default' in config.json, not 'llama3'"),
-])
-def test_unknown_options_are_refused(change, message, tmp_path):
-    random_model(**GPT2).save_pretrained(tmp_path)
-    options = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(options))
-    with pytest.raises(ValueError, match=message):
-        GPT.from_pretrained(tmp_path)
-
-
-def test_saving_over_an_older_model_leaves_nothing_of_it(tmp_path):
-    random_model(**GPT2).save_pretrained(tmp_path, 10_000)
-    (tmp_path / "model_notes.safetensors").write_bytes(b"mine")
-    random_model(1, **GPT2).save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "config.json", "model.safetensors", "model_notes.safetensors"]
-    assert torch.equal(GPT.from_pretrained(tmp_path).embedding.weight,
-                       random_model(1, **GPT2).embedding.weight)
-
-
-# ---- the model
 
 def test_gradients_equal_those_of_transformers(tmp_path):
     for name in ("gpt2", "qwen3"):
@@ -405,8 +174,8 @@ def test_presets_have_the_published_sizes():
     (dict(n_layers=0), "n_layers must be"), (dict(d_model=0), "d_model must be"),
     (dict(n_heads=0), "n_heads must be"), (dict(head_dim=0), "head_dim must be"),
     (dict(d_ff=0), "d_ff must be"), (dict(n_kv_heads=0), "n_kv_heads must be"),
-    (dict(n_heads=5), "n_heads must divide d_model = 24 where head_dim is not given, not be 5"),
-    (dict(n_kv_heads=3), "n_kv_heads must divide n_heads = 4, not be 3"),
+    (dict(n_heads=5), "n_heads must be a divisor of d_model = 24 where head_dim is not given, not 5"),
+    (dict(n_kv_heads=3), "n_kv_heads must be a divisor of n_heads = 4, not 3"),
     (dict(positions="alibi"), "positions must be one of .* not 'alibi'"),
     (dict(norm="batch"), "norm must be one of"), (dict(feed_forward="relu"), "feed_forward must be one of"),
     (dict(bias="some"), "bias must be one of"),
@@ -415,6 +184,7 @@ def test_presets_have_the_published_sizes():
     (dict(dropout=1.0), "dropout must be from 0 to below 1, not 1.0"),
     (dict(norm_eps=0.0), "norm_eps must be positive, not 0.0"),
     (dict(rope_theta=math.inf), "rope_theta must be positive, not inf"),
+    (dict(rope_theta=math.nan), "rope_theta must be positive, not nan"),
 ])
 def test_bad_configurations(change, message):
     with pytest.raises(ValueError, match=message):
@@ -423,69 +193,158 @@ def test_bad_configurations(change, message):
 
 def test_bad_calls():
     model = GPT(GPTConfig(**GPT2))
-    with pytest.raises(ValueError, match="ids must end at place 24 at most, not at 25"):
+    with pytest.raises(ValueError, match="ids must be at most max_len = 24 with what the cache holds, not 25"):
         model(ids(T=25))
-    with pytest.raises(ValueError, match="ids must be from 0 to 64, not 3 … 65"):
-        model(torch.tensor([[3, 65]]))
-    with pytest.raises(ValueError, match=r"targets must have the shape of ids, \(3, 24\), not \(3, 23\)"):
+    for outside in (-1, 65):
+        with pytest.raises(IndexError, match="out of range"):  # torch's own
+            model(torch.tensor([[3, outside]]))
+    with pytest.raises(ValueError, match=r"targets must be of the shape of ids, \(3, 24\), not .*3, 23"):
         model(ids(), ids(T=23))
+    with pytest.raises(ValueError, match=r"targets must be of the shape of ids"):
+        model(ids(), ids().mT.contiguous())
     with torch.no_grad():
         cache = model.new_cache(3)
         model(ids(), cache=cache)
-        with pytest.raises(ValueError, match="at place 24 at most, not at 25"):
+        with pytest.raises(ValueError, match="with what the cache holds, not 25"):
             model(ids(T=1), cache=cache)
         small = model.new_cache(3, max_len=4)
         with pytest.raises(ValueError, match=r"max_len must be at least 0 \+ 5"):
             model(ids(T=5), cache=small)
 
 
-def interrupted(monkeypatch, model, folder, n_writes: int, **options):
-    """Save, and fail when the file after `n_writes` complete ones is written."""
-    done = []
+def test_wrong_types_and_shapes_are_refused():
+    assert without_type_checker('''
+model, ids = GPT(GPTConfig(9, 8, 1, 8, 2)), torch.zeros(2, 4, dtype=torch.long)
+for call in (lambda: model(ids[0]), lambda: model(ids[None]), lambda: model(ids, mask=torch.ones(4, 4).bool()),
+             lambda: model(ids, n_padding=ids[:1, 0]), lambda: model(ids, n_padding=ids[:, :1]),
+             lambda: GPTConfig(9, 8, 1, 8.0, 2), lambda: GPTConfig(9, 8, True, 8, 2),
+             lambda: GPTConfig(9, 8, 1, 8, "2"), lambda: GPTConfig(9, 8, 1, 8, 2, tied="no"),
+             lambda: GPTConfig(9, 8, 1, 8, 2, qk_norm=None), lambda: GPTConfig(9, 8, 1, 8, 2, dropout="0.1"),
+             lambda: GPTConfig(9, 8, 1, 8, 2, norm_eps=None)):
+    try:
+        call()
+    except ValueError as error:
+        print(str(error).replace("\\n", ""))
+    else:
+        print("accepted")
+''') == [
+        "ids must be of shape (B, T), not (4,)", "ids must be of shape (B, T), not (1, 2, 4)",
+        "mask must be of shape (B, T, S), not (4, 4)", "n_padding must be 2 numbers from 0 to 7, not tensor([0])",
+        "n_padding must be 2 numbers from 0 to 7, not tensor([[0],        [0]])",
+        "d_model must be a whole number of at least 1, not 8.0", "n_layers must be a whole number of at least 1, not True",
+        "n_heads must be a whole number of at least 1, not '2'", "tied must be one of (False, True), not 'no'",
+        "qk_norm must be one of (False, True), not None", "dropout must be from 0 to below 1, not '0.1'",
+        "norm_eps must be positive, not None"]
 
-    def write(weights, path, **about):
-        if len(done) == n_writes:
-            raise OSError("disk full")
-        done.append(path)
-        return save_file(weights, path, **about)
 
-    monkeypatch.setattr("llm_book.gpt.save_file", write)
-    with pytest.raises(OSError, match="disk full"):
-        model.save_pretrained(folder, **options)
-    monkeypatch.undo()
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_targets_of_other_integers(dtype):
+    model, x, y = random_model(**GPT2), ids(), ids(1)
+    y[0, :5] = -100
+    assert torch.equal(model(x, y.to(dtype))[1], model(x, y)[1])
+    assert torch.equal(model(x.int())[0], model(x)[0])
 
 
-@pytest.mark.parametrize("n_writes", [0, 1, 2])
-def test_a_save_that_fails_leaves_the_older_model(n_writes, tmp_path, monkeypatch):
-    older, newer = (random_model(**SHAPES["gpt2"]) for _ in range(2))
-    older.save_pretrained(tmp_path, 10_000)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    interrupted(monkeypatch, newer, tmp_path, n_writes, max_shard_bytes=10_000)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+def test_the_mask_of_packed_documents():
+    """With rotary positions, which count distances, a document in a row equals a document alone."""
+    model = random_model(**SHAPES["qwen3"])
+    x = ids(B=4).clamp(min=1)
+    x[0, [0, 7, 15]] = x[1, 0] = x[2, [0, 12]] = x[3, [0, 20]] = 0
+    mask = document_mask(x, 0)
+    with torch.no_grad():
+        logits = model(x, mask=mask)[0]
+        assert not torch.allclose(logits[0, 7:], model(x)[0][0, 7:], atol=1e-2)
+        for row, starts in ((0, (0, 7, 15, 24)), (1, (0, 24)), (2, (0, 12, 24)), (3, (0, 20, 24))):
+            for start, end in pairwise(starts):
+                torch.testing.assert_close(logits[row, start:end], model(x[row:row + 1, start:end])[0][0],
+                                           atol=1e-4, rtol=1e-4)
 
 
-def test_a_save_that_is_killed_while_names_change_loads_as_no_model(tmp_path, monkeypatch):
-    older, newer = (random_model(**SHAPES["gpt2"]) for _ in range(2))
-    older.save_pretrained(tmp_path, 10_000)
-    renamed, replace = [], type(tmp_path).replace
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_mask_belongs_to_rows_and_not_to_heads(name):
+    """B = H = T: nothing in the shapes tells a mistake."""
+    model, x = random_model(**SHAPES[name]), ids(B=4, T=4)
+    mask = torch.rand(4, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask |= torch.eye(4, dtype=torch.bool)
+    with torch.no_grad():
+        found = model(x, mask=mask)[0]
+        for row in range(4):
+            torch.testing.assert_close(found[row], model(x[row:row + 1], mask=mask[row:row + 1])[0][0],
+                                       atol=1e-4, rtol=1e-4)
+        all_open = torch.ones(1, 4, 4, dtype=torch.bool)  # one for all rows
+        torch.testing.assert_close(model(x, mask=all_open)[0], model(x)[0], atol=1e-5, rtol=1e-5)
 
-    def dies(self, target):
-        if len(renamed) == 2:
-            raise KeyboardInterrupt
-        renamed.append(target)
-        return replace(self, target)
 
-    monkeypatch.setattr(type(tmp_path), "replace", dies)
-    with pytest.raises(KeyboardInterrupt):
-        newer.save_pretrained(tmp_path, 10_000)
-    monkeypatch.undo()
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        GPT.from_pretrained(tmp_path)
+def test_a_mask_with_padding_and_a_cache():
+    model, x = random_model(**SHAPES["qwen3"]), ids(B=2).clamp(min=1)
+    x[0, [3, 14]] = x[1, [5, 9]] = 0
+    n_padding, mask = torch.tensor([3, 5]), document_mask(x, 0)
+    with torch.no_grad():
+        whole = model(x, n_padding=n_padding, mask=mask)[0]
+        for row, n in enumerate((3, 5)):
+            alone = model(x[row:row + 1, n:], mask=document_mask(x[row:row + 1, n:], 0))[0]
+            torch.testing.assert_close(whole[row, n:], alone[0], atol=1e-4, rtol=1e-4)
+        cache, done = model.new_cache(2), []
+        for start, end in pairwise((0, 7, 8, 24)):
+            done.append(model(x[:, start:end], cache=cache, n_padding=n_padding, mask=mask[:, start:end, :end])[0])
+        torch.testing.assert_close(torch.cat(done, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_vmap_export_and_compile():
+    """Nothing in a forward pass looks at numbers in order to decide what to do."""
+    assert without_type_checker('''
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+def loss(weights, row, targets):
+    return torch.func.functional_call(model, weights, (row[None], targets[None]))[1]
+
+for name in ("gpt2", "qwen3, tied"):
+    model, x, y = random_model(**SHAPES[name]), ids(), ids(1)
+    weights = {key: value.detach() for key, value in model.named_parameters()}
+    close(torch.vmap(lambda row: model(row[None])[0][0])(x), model(x)[0])
+    for_each_row = torch.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, y)
+    model(x, y)[1].backward()
+    for key, parameter in model.named_parameters():
+        close(for_each_row[key].mean(0), parameter.grad)
+    print("vmap", name)
+
+    sizes = {0: torch.export.Dim("B", max=64), 1: torch.export.Dim("T", min=2, max=24)}
+    program = torch.export.export(model, (x,), dynamic_shapes={"ids": sizes}).module()
+    for B, T in ((1, 2), (2, 24), (5, 7)):
+        close(program(ids(B=B, T=T))[0], model(ids(B=B, T=T))[0])
+    print("export", name)
+
+    for dynamic in (False, True):
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        n_padding, mask = torch.tensor([0, 3, 9]), torch.ones(3, 24, 24, dtype=torch.bool).tril(3)
+        for extra in ({}, dict(mask=mask), dict(n_padding=n_padding)):
+            close(compiled(x, y, **extra), model(x, y, **extra))
+    print("compile", name)
+''') == [f"{what} {name}" for name in ("gpt2", "qwen3, tied") for what in ("vmap", "export", "compile")]
+
+
+def test_require_evaluation():
+    model = GPT(GPTConfig(**GPT2, dropout=0.5))
+    with pytest.raises(ValueError, match=r"evaluation mode, since it has dropout; call model.eval\(\)$"):
+        require_evaluation(model)
+    require_evaluation(model.eval())
+    require_evaluation(GPT(GPTConfig(**GPT2)).train())
+
+
+def test_embed_is_the_stream_that_blocks_read(model):
+    x = model.embed(ids())
+    for block in model.blocks:
+        x = block(x, causal=True)
+    torch.testing.assert_close(model.head(model.norm(x)), model(ids())[0])
+    if model.positions is not None:
+        assert torch.equal(model.embed(ids(T=3), start=5), model.embedding(ids(T=3)) + model.positions.weight[5:8])
 
 
 def test_other_peoples_caches_and_padding_are_refused(tmp_path):
     model, deep = random_model(**SHAPES["gpt2"]), random_model(**{**SHAPES["gpt2"], "n_layers": 5})
-    with pytest.raises(ValueError, match="cache must have 5 parts of one length"):
+    with pytest.raises(ValueError, match="cache must be 5 parts of one length"):
         deep(ids(), cache=model.new_cache(len(ids())))
     cache = deep.new_cache(len(ids()))
     cache[0].length = 1
@@ -494,14 +353,6 @@ def test_other_peoples_caches_and_padding_are_refused(tmp_path):
     for wrong in ([-1] * len(ids()), [999] * len(ids())):
         with pytest.raises(ValueError, match="n_padding must be"):
             model(ids(), n_padding=torch.tensor(wrong))
-
-
-def test_configs_that_lack_or_invent_options():
-    with pytest.raises(ValueError, match="must have n_embd, n_head$"):
-        config_from_hf({"model_type": "gpt2", "vocab_size": 9, "n_positions": 8, "n_layer": 1})
-    with pytest.raises(ValueError, match="must have max_len and must not have sliding_window"):
-        config_from_hf({"model_type": "llm_book", "vocab_size": 9, "n_layers": 1, "d_model": 8,
-                        "n_heads": 1, "sliding_window": 8})
 
 
 def test_attention_is_not_shown_with_dropout():
