@@ -11,7 +11,7 @@ import hashlib
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 
@@ -186,7 +186,7 @@ def sequential_batches(
 
 # %% ../nbs/08_data.ipynb #50b6cc88
 def pack(
-    documents: Iterable[Iterable[int]],
+    documents: Iterable,  # of rows of token ids
     separator_id: int,  # must not occur in a document
     seq_len: int,  # T
 ) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "N T"]]:
