@@ -11,20 +11,22 @@ import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from llm_book.text import load_corpus, split_text
-from llm_book.tokens import GPT2_PATTERN, BPETokenizer
+from llm_book.tokens import GPT2_PATTERN, BPETokenizer, to_signs
 
-BENCH = common.Bench("tokens", range(7))
+RUNS = range(7)
+COMMAND = "python benchmarks/tokens.py"
+
+
+def seconds(work) -> float:
+    start = time.process_time()  # of the processor: other programs on the machine do not count
+    work()
+    return time.process_time() - start
 
 
 def peer_tokenizers(bpe: BPETokenizer | None = None) -> Tokenizer:
-    model = models.BPE()
-    if bpe:  # a saved tokenizer spells its tokens as the peer does
-        with tempfile.TemporaryDirectory() as folder:
-            bpe.save(Path(folder) / "bpe.json")
-            saved = json.loads((Path(folder) / "bpe.json").read_text(encoding="utf-8"))
-        model = models.BPE(vocab={signs: int(i) for i, signs in saved["vocab"].items()},
-                           merges=[tuple(pair) for pair in saved["merges"]])
-    peer = Tokenizer(model)
+    vocab = {to_signs(token): i for i, token in bpe.vocab.items()} if bpe else None
+    merges = [(to_signs(a), to_signs(b)) for a, b in bpe.merges] if bpe else None
+    peer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     peer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return peer
 
@@ -53,11 +55,19 @@ def main() -> None:
                             special_tokens={})
     ids = bpe.encode(test)  # the warm-up, and a check that all three do the same work
     assert ids == hugging_face.encode(test).ids == tik.encode(test)
-    times = common.in_turns({"ours": lambda: bpe.encode(test), "tiktoken": lambda: tik.encode(test),
-                             "tokenizers": lambda: hugging_face.encode(test)}, BENCH.runs, warm_up=0)
+    encoders = {"ours": bpe.encode, "tokenizers": hugging_face.encode, "tiktoken": tik.encode}
+    times = {name: [] for name in (*encoders, "ours, cold")}
+    for _ in RUNS:
+        cold = BPETokenizer(bpe.vocab, bpe.merges)  # has met no word yet
+        times["ours, cold"].append(seconds(lambda cold=cold: cold.encode(test)))
+        for name, encode in encoders.items():
+            times[name].append(seconds(lambda encode=encode: encode(test)))
     about = dict(corpus="python_docs, test part", vocab_size=8_056, cores=1)
     size = len(test.encode()) / 1e6
-    BENCH.report("encode_mb_per_second", size / times["ours"], "MB/s", **about)
+    report("encode_mb_per_second", [size / t for t in times["ours"]], "MB/s", **about)
+    report("encode_cold_mb_per_second", [size / t for t in times["ours, cold"]], "MB/s", **about)
+    ratios = [a / b for a, b in zip(times["ours, cold"], times["tiktoken"])]
+    report("encode_cold_vs_tiktoken", ratios, "ratio of times", **about)
     for peer in ("tokenizers", "tiktoken"):
         BENCH.report(f"encode_vs_{peer}", times["ours"] / times[peer], "ratio of times", **about)
 
