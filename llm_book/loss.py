@@ -35,7 +35,10 @@ def perplexity(
     nll: float,  # mean negative log-likelihood of a token, in nats
 ) -> float:
     """The number of equally likely tokens that would be as hard to guess."""
-    return math.inf if nll >= 709 else math.exp(nll)  # beyond the range of a float
+    try:
+        return math.exp(nll)
+    except OverflowError:  # beyond the range of a float
+        return math.inf
 
 
 def bits_per_byte(
@@ -73,6 +76,7 @@ def softmax(
     return (exponentials / exponentials.sum(dim, keepdim=True)).to(x.dtype)
 
 # %% ../nbs/04_loss.ipynb #c49209f0
+#| code-fold: true
 def cross_entropy(
     logits: Float[Tensor, "*B V"],
     targets: Tensor,  # integers of shape (*B), from 0 to V - 1, or `ignore_index`
@@ -83,35 +87,24 @@ def cross_entropy(
 ) -> Float[Tensor, "..."]:
     """Negative log-likelihood of `targets` in nats; float32 for half-precision logits.
 
-    Raises: `ValueError` for targets of another shape or type or outside 0 … V - 1, a mean over
-    nothing, or an option out of range.
+    Raises: `ValueError` for targets of another shape, a mean over nothing, or an option out of
+    range. (torch itself refuses a target outside 0 … V - 1.)
     Source: torch.nn.functional.cross_entropy, which has the classes in dimension 1 instead.
     """
-    _refuse_options(logits, targets, label_smoothing, reduction)
-    targets = targets.long()  # in a narrower type ignore_index might be a token
+    shape = tuple(logits.shape[:-1])
+    require(0 <= label_smoothing <= 1, "label_smoothing", "from 0 to 1", label_smoothing)
+    require(targets.shape == shape, "targets", f"of shape {shape}", tuple(targets.shape))
+    require(not targets.is_floating_point(), "targets", "integers", targets.dtype)
+    targets = targets.long()  # a narrow type cannot hold -100
     counts = targets != ignore_index
-    safe = torch.where(counts, targets, 0)
-    require(((0 <= safe) & (safe < logits.shape[-1])).all(), "targets",
-            f"from 0 to {logits.shape[-1] - 1} or {ignore_index}", targets.unique().tolist())
+    require(reduction != "mean" or counts.any(), "targets", f"not all {ignore_index}", targets)
     log_p = log_softmax(_wide(logits), -1)
-    nll = -log_p.gather(-1, safe[..., None]).squeeze(-1)
+    nll = -log_p.gather(-1, torch.where(counts, targets, 0)[..., None]).squeeze(-1)
     if label_smoothing:
         nll = (1 - label_smoothing) * nll - label_smoothing * log_p.mean(-1)
     nll = torch.where(counts, nll, 0)
     if reduction == "none":
         return nll
-    if reduction == "sum":
-        return nll.sum()
-    require(counts.any(), "targets", f"other than {ignore_index} somewhere", "all the same")
-    return nll.sum() / counts.sum()
-
-
-def _refuse_options(logits: Tensor, targets: Tensor, label_smoothing: float, reduction: str):
-    """Raises: `ValueError` for the first that is wrong."""
-    for name, holds, allowed, value in (
-            ("reduction", reduction in ("mean", "sum", "none"), "'mean', 'sum' or 'none'", reduction),
-            ("label_smoothing", 0 <= label_smoothing <= 1, "from 0 to 1", label_smoothing),
-            ("targets", targets.shape == logits.shape[:-1],
-             f"of shape {tuple(logits.shape[:-1])} for these logits", tuple(targets.shape)),
-            ("targets", not targets.is_floating_point(), "integers", targets.dtype)):
-        require(holds, name, allowed, value)
+    if reduction in ("mean", "sum"):
+        return nll.sum() / counts.sum() if reduction == "mean" else nll.sum()
+    raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")

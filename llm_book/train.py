@@ -335,8 +335,8 @@ def train(
                                 ("tokens_val", tokens_val, 2)):
         require(len(tokens) >= least, name, f"at least {least} tokens", len(tokens))
     run = Run(model, config)
-    about = describe(run, tokens_train, tokens_val)
-    with RunFolder(out_dir, about, config.keep_last) if out_dir else nullcontext() as folder:
+    with (RunFolder(out_dir, describe(run, tokens_train, tokens_val), config.keep_last)
+          if out_dir else nullcontext()) as folder:
         if folder:
             require(resume or folder.is_empty(), "out_dir",
                     "a folder without a run where resume is False", str(out_dir))

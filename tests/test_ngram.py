@@ -3,12 +3,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from nltk.lm import KneserNeyInterpolated, Laplace
 from nltk.util import everygrams
 
-from llm_book.ngram import SMOOTHINGS, NGramLM, count_ngrams
+from llm_book.ngram import SMOOTHINGS, NGramLM, count_ngrams, flat_ids
 
 
 def brute_force(ids, order, vocab_size, smoothing, context, word, alpha, weight, discount):
@@ -149,7 +150,10 @@ def test_sample_follows_the_probabilities():
     (dict(order=0, vocab_size=3), "order must be at least 1"),
     (dict(order=2, vocab_size=0), "vocab_size must"),
     (dict(order=2, vocab_size=3, smoothing="magic"), "smoothing must be one of"),
-    (dict(order=2, vocab_size=3, alpha=0.0), "alpha must"),
+    *((dict(order=2, vocab_size=3, alpha=alpha), "alpha must be positive and finite")
+      for alpha in (0.0, -1.0, float("inf"), float("nan"), 1e308)),
+    (dict(order=2, vocab_size=3, weight=float("nan")), "weight must"),
+    (dict(order=2, vocab_size=3, discount=float("nan")), "discount must"),
     (dict(order=2, vocab_size=3, weight=1.5), "weight must"),
     (dict(order=2, vocab_size=3, discount=-0.1), "discount must"),
 ])
@@ -169,3 +173,33 @@ def test_refuses_ids():
     assert model.fit([0, 1, 2]).log_prob([]) == 0
     with pytest.raises(ValueError, match="context must"):
         model.probs([7])
+
+
+def kinds_of(ids):
+    return {"list": ids, "tuple": tuple(ids), "iterator": iter(ids), "uint8": np.array(ids, np.uint8),
+            "uint64": np.array(ids, np.uint64), "tensor": torch.tensor(ids),
+            "int16": torch.tensor(ids, dtype=torch.int16)}
+
+
+@pytest.mark.parametrize("kind", kinds_of([]))
+def test_ids_of_every_kind_count_alike(kind):
+    text = [200, 0, 200, 255, 0, 200] * 3
+    model = NGramLM(3, 256).fit(kinds_of(text)[kind])
+    expected = NGramLM(3, 256).fit(text)
+    assert model.log_prob(kinds_of(text)[kind]) == expected.log_prob(text) > -np.inf
+    np.testing.assert_array_equal(model.probs(kinds_of([0, 200])[kind]), expected.probs([0, 200]))
+    drawn = model.sample(9, np.random.default_rng(0), kinds_of([0, 200])[kind])
+    assert drawn == expected.sample(9, np.random.default_rng(0), [0, 200])
+    assert all(type(i) is int for i in drawn)
+
+
+def test_a_tensor_is_read_where_it_is():
+    ids = torch.arange(100)  # element by element, a long one would take seconds
+    assert np.shares_memory(flat_ids(ids, 100), ids.numpy())
+    assert flat_ids([]).dtype == flat_ids(np.zeros((0, 2))).dtype == np.int64
+
+
+@pytest.mark.parametrize("bad", [[[0, 1]], np.array(3), ["a"], [0.5], [None], torch.ones(2), np.array([True])])
+def test_flat_ids_refuses(bad):
+    with pytest.raises(ValueError, match="tokens must be a flat sequence of integers"):
+        flat_ids(bad, 9, "tokens")
