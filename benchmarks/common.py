@@ -99,8 +99,11 @@ class Bench:
                        seeds=list(seeds), command=self.command, **self.context, **context)
         if not self.machine_named:
             self.name_machine(entry)
-        spread = f" ± {entry['sd']:.2g}, median {np.median(values):.4g}" if entry["sd"] is not None else ""
-        print(f"{key}: {entry['value']:.4g}{spread} {unit}", flush=True)
+        if entry["sd"] is None:
+            print(f"{key}: {entry['value']:,.6g} {unit}", flush=True)
+        else:
+            print(f"{key}: {entry['value']:.4g} ± {entry['sd']:.2g}, median {np.median(values):.4g} {unit}",
+                  flush=True)
         return entry
 
     def name_machine(self, entry: dict) -> None:
