@@ -97,7 +97,7 @@ class Decoder:
     def training(self) -> bool: return self.model.training  # which reads the prompts
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, cache: list | None = None, n_padding: Tensor | None = None):
+    def __call__(self, ids: Tensor, *, cache: list | None = None, n_padding: Tensor | None = None):
         """Logits, (B, T, V), and None, as the model gives them."""
         if ids.shape[1] > 1 or not cache:
             return self.model(ids, cache=cache, n_padding=n_padding)
