@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .decoder import decoder_for
-from .gpt import _refuse_training as require_evaluation
+from .gpt import require_evaluation
 from .lab import require
 from .tokens import BPETokenizer, ByteTokenizer
 

@@ -5,7 +5,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm_book.generate import next_distribution
-from llm_book.gpt import GPT, GPTConfig, weights_from_hf
+from llm_book.gpt import GPT, GPTConfig
+from llm_book.hub import weights_from_hf
 
 SHAPES = {"gpt2": {}, "gpt2-qkv-bias": dict(bias="qkv"),
           "llama": dict(positions="rotary", norm="rms", feed_forward="swiglu", bias="none",
