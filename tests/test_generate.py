@@ -1,14 +1,25 @@
 """Chapter 19: distributions against transformers, text against brute force, chi-square for draws."""
 import math
-from itertools import product
+import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import (
+    SHAPES,
+    Itself,
+    Markov,
+    check_pairs,
+    generator,
+    gpt,
+    hf_generate,
+    hf_pair,
+    pair_distribution,
+    prompt,
+)
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -17,68 +28,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from llm_book.decoder import Decoder
 from llm_book.generate import (
-    Decoder,
-    _held_back,
-    _stop_at,
-    _until,
-    accept,
-    beam_search,
+    Sampling,
     generate,
+    held_back,
     next_distribution,
     pad_left,
-    speculative_generate,
+    stop_at,
+    stop_tokens,
     stream,
     stream_text,
+    until,
 )
-from llm_book.gpt import GPT, GPTConfig
-from llm_book.hub import weights_from_hf
+from llm_book.gpt import GPTConfig
 from llm_book.tokens import BPETokenizer, ByteTokenizer, CharTokenizer
-
-SHAPES = {"gpt2": {}, "gpt2-qkv-bias": dict(bias="qkv"),
-          "llama": dict(positions="rotary", norm="rms", feed_forward="swiglu", bias="none",
-                        n_kv_heads=2, tied=False),
-          "qwen3": dict(positions="rotary", norm="rms", feed_forward="swiglu", bias="none",
-                        n_kv_heads=1, qk_norm=True, head_dim=6)}
-
-
-def gpt(kind="gpt2", seed=0, spread=20.0, **changes):
-    """A random model whose distributions are far from uniform, so that mistakes show."""
-    torch.manual_seed(seed)
-    shape = dict(vocab_size=23, max_len=48, n_layers=2, d_model=16, n_heads=4) | SHAPES[kind] | changes
-    model = GPT(GPTConfig(**shape)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.4)
-        model.norm.weight.mul_(spread / 10)
-    return model
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def prompt(*ids):
-    return torch.tensor([ids])
-
-
-def hf_pair(seed=0, **shape):
-    shape = dict(vocab_size=23, max_len=48, n_layers=2, d_model=16, n_heads=4) | shape
-    torch.manual_seed(seed)
-    theirs = GPT2LMHeadModel(GPT2Config(
-        vocab_size=shape["vocab_size"], n_positions=shape["max_len"], n_embd=shape["d_model"],
-        n_layer=shape["n_layers"], n_head=shape["n_heads"], bos_token_id=None, eos_token_id=None,
-        initializer_range=0.4)).eval()
-    ours = GPT(GPTConfig(**shape)).eval()
-    weights_from_hf(ours, "gpt2", dict(theirs.state_dict()))
-    return ours, theirs
-
-
-def hf_generate(model, ids, n, **options):
-    defaults = dict(do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids))
-    return model.generate(ids, max_new_tokens=n, **(defaults | options))
-
 
 # ---- distributions
 
@@ -134,6 +98,92 @@ def test_a_long_tail_survives_top_p_of_one_less_a_hair():
     assert (next_distribution(logits, top_p=1.0) > 0).all()
 
 
+@pytest.mark.parametrize("shares, top_p, kept", [
+    ([0.3, 0.1, 0.1, 0.5], 0.8, [0, 3]), ([0.5, 0.25, 0.15, 0.1], 0.75, [0, 1]),
+    ([0.4, 0.3, 0.2, 0.1], 0.9, [0, 1, 2]), ([0.1] * 10, 0.3, [0, 1, 2]), ([0.6, 0.4], 0.6, [0])])
+def test_what_has_exactly_top_p_is_enough(shares, top_p, kept):
+    for dtype in (torch.float32, torch.float64):
+        p = next_distribution(torch.tensor([shares], dtype=dtype).log(), top_p=top_p)
+        assert len(kept) == (p > 0).sum()
+        if len(set(shares)) > 1:
+            assert (p[0] > 0).nonzero().flatten().tolist() == kept
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=8), st.integers(1, 8))
+def test_top_p_and_min_p_at_a_share_that_is_met_exactly(weights, n):
+    total, ranked = sum(weights), sorted(weights, reverse=True)
+    logits, n = torch.tensor([[w / total for w in weights]]).log(), min(n, len(weights))
+    if sum(ranked[:n]) < total:
+        assert (next_distribution(logits, top_p=sum(ranked[:n]) / total) > 0).sum() == n
+    found = next_distribution(logits, min_p=ranked[n - 1] / ranked[0]) > 0
+    assert found.sum() == sum(w >= ranked[n - 1] for w in weights)
+
+
+@pytest.mark.parametrize("spread", [1, 3, 5])
+@pytest.mark.parametrize("top_p", [0.9, 0.999, 0.9999])
+def test_top_p_of_many_small_probabilities(spread, top_p):
+    logits = spread * torch.randn(1, 128_000, generator=generator(spread))
+    p = logits.double().softmax(-1).sort(descending=True).values
+    before = torch.nn.functional.pad(p.cumsum(-1)[:, :-1], (1, 0))
+    kept = (next_distribution(logits, top_p=top_p) > 0).sum()
+    assert abs(kept - (before < top_p).sum()) <= 2
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-300, 5e-324])
+def test_a_temperature_that_is_almost_zero_is_greedy(temperature):
+    for row in ([20.0, 19.0, -5.0], [-2e4, -3e38, -math.inf], [0.0, -1e-3, -3e38]):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            p = next_distribution(torch.tensor([row], dtype=dtype), temperature=temperature)
+            assert p.tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize("temperature", [1e5, 1e38, 1e300])
+def test_a_huge_temperature_makes_what_is_possible_equal(temperature):
+    p = next_distribution(torch.tensor([[20.0, 19.0, -math.inf]]), temperature=temperature)
+    torch.testing.assert_close(p, torch.tensor([[0.5, 0.5, 0]]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [{}, dict(temperature=0), dict(top_k=1), dict(top_p=0.5),
+                                      dict(temperature=0, repetition_penalty=1.2)], ids=str)
+def test_logits_that_are_no_numbers_are_an_error(bad, settings):
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, bad, 2.0]])
+    with pytest.raises(ValueError, match="logits must be numbers"):
+        next_distribution(logits, torch.tensor([[0], [0]]), **settings)
+    model = Markov(logits[1].repeat(3, 1))
+    with pytest.raises(ValueError, match="logits must be numbers"):
+        generate(model, prompt(1), 3, **settings)
+    with pytest.raises(ValueError, match="logits must be numbers"):
+        next_distribution(torch.full((1, 3), -math.inf), torch.tensor([[0]]), **settings)
+
+
+def test_sampling_is_one_object_and_keywords_change_it():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    sampling = Sampling(temperature=0.5, top_k=2)
+    torch.testing.assert_close(next_distribution(logits, None, sampling),
+                               next_distribution(logits, temperature=0.5, top_k=2))
+    torch.testing.assert_close(next_distribution(logits, None, sampling, top_k=1),
+                               next_distribution(logits, temperature=0.5, top_k=1))
+    with pytest.raises(AttributeError):
+        sampling.top_k = 3
+    with pytest.raises(TypeError, match="topk"):
+        next_distribution(logits, topk=3)
+
+
+def test_whole_numbers_of_any_kind_will_do():
+    logits = torch.tensor([[1.0, 3.0, 3.5, 2.0]])
+    torch.testing.assert_close(next_distribution(logits, top_k=np.int64(3)), next_distribution(logits, top_k=3))
+    assert generate(gpt(), prompt(1), 5, top_k=np.int64(3)).shape == (1, 6)
+    for eos_id in ({2, 1}, [1, 2], (1, 2), np.array([1, 2]), torch.tensor([1, 2]), iter([1, 2]), {1: "a", 2: "b"}):
+        assert sorted(stop_tokens(eos_id, 5)) == [1, 2]
+    for eos_id in (3, np.int64(3), torch.tensor(3), [3, 3], {3}):
+        assert stop_tokens(eos_id, 5) == [3]
+    assert stop_tokens(None, 5) == stop_tokens([], 5) == []
+    for wrong in (1.5, "a", [1.0]):
+        with pytest.raises(TypeError):
+            stop_tokens(wrong, 5)
+
+
 # ---- generating
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -142,7 +192,7 @@ def test_greedy_equals_transformers_token_for_token(seed, penalty):
     ours, theirs = hf_pair(seed)
     ids = torch.randint(23, (2, 5), generator=generator(seed))
     right = hf_generate(theirs, ids, 40, repetition_penalty=penalty)
-    for model in (ours, Decoder(ours)):
+    for model in (ours, Itself(ours)):
         assert torch.equal(generate(model, ids, 40, temperature=0, repetition_penalty=penalty), right)
 
 
@@ -164,64 +214,21 @@ def test_stop_tokens_equal_transformers(seed):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_cached_uncached_and_decoder_agree(kind, sampling):
     model = gpt(kind)
-    ids = torch.randint(23, (3, 4), generator=generator())
-    runs = [generate(each, ids, 40, use_cache=cached, generator=generator(7), **sampling)
-            for each, cached in ((model, False), (model, True), (Decoder(model), True),
-                                 (Decoder(model), False))]
-    assert runs[0].shape == (3, 44) and torch.equal(runs[0][:, :4], ids)
-    for other in runs[1:]:
-        assert torch.equal(runs[0], other)
-
-
-@pytest.mark.parametrize("kind", SHAPES)
-def test_decoder_gives_the_models_logits(kind):
-    model = gpt(kind, spread=1.0)
-    decoder, ids = Decoder(model), torch.randint(23, (2, 20), generator=generator())
-    n_padding = torch.tensor([0, 3])
-    for padding in (None, n_padding):
-        cache = decoder.new_cache(2)
-        with torch.no_grad():
-            pieces = [decoder(ids[:, :5], cache=cache, n_padding=padding)[0]]
-            pieces += [decoder(ids[:, i:i + 1], cache=cache, n_padding=padding)[0] for i in range(5, 20)]
-            right = model(ids, n_padding=padding)[0]
-        found = torch.cat(pieces, dim=1)
-        start = 0 if padding is None else 3
-        torch.testing.assert_close(found[:, start:], right[:, start:], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_decoder_in_half_precision_is_near(kind, dtype):
-    model = gpt(kind, spread=1.0)
-    exact, half, ids = Decoder(model), Decoder(model, dtype), prompt(1, 2, 3)
-    logits = []
-    for each in (exact, half):
-        cache = each.new_cache(1)
-        with torch.no_grad():
-            each(ids, cache=cache)
-            logits.append(each(prompt(4), cache=cache)[0])
-    assert logits[1].dtype == torch.float32
-    off = (logits[1] - logits[0]).norm() / logits[0].norm()
-    assert 0 < off < (0.01 if dtype == torch.float16 else 0.08)
-
-
-def test_decoder_is_a_snapshot():
-    model = gpt()
-    decoder, before = Decoder(model), generate(model, prompt(1, 2), 10, temperature=0)
-    with torch.no_grad():
-        model.head.weight.zero_()
-    cache = decoder.new_cache(1)
-    with torch.no_grad():
-        assert decoder(prompt(1), cache=cache)[0].abs().max() > 0
-    assert len(before[0]) == 12
+    for n_rows in (1, 3):
+        ids = torch.randint(23, (n_rows, 4), generator=generator())
+        runs = [generate(each, ids, 40, use_cache=cached, generator=generator(7), **sampling)
+                for each, cached in ((Itself(model), False), (Itself(model), True), (model, True),
+                                     (model, False), (Decoder(model), True))]
+        assert runs[0].shape == (n_rows, 44) and torch.equal(runs[0][:, :4], ids)
+        for other in runs[1:]:
+            assert torch.equal(runs[0], other)
 
 
 @settings(max_examples=12)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4), kind=st.sampled_from(list(SHAPES)),
        lean=st.booleans(), penalty=st.sampled_from([1.0, 1.5]))
 def test_left_padding_equals_one_at_a_time(lengths, kind, lean, penalty):
-    model = gpt(kind)
-    model = Decoder(model) if lean else model
+    model = gpt(kind) if lean else Itself(gpt(kind))
     rng = generator(sum(lengths))
     prompts = [torch.randint(23, (n,), generator=rng).tolist() for n in lengths]
     ids, n_padding = pad_left(prompts)
@@ -273,138 +280,6 @@ def test_draws_have_the_models_distribution():
     check_pairs(drawn[:, 2:], pair_distribution(model, ids, temperature=1.3, top_k=4))
 
 
-def pair_distribution(model, ids, **sampling):
-    """The exact probability of each pair of next tokens, (V, V)."""
-    V = model.config.vocab_size
-    with torch.no_grad():
-        first = next_distribution(model(ids)[0][:, -1], ids, **sampling)[0]
-        longer = torch.cat([ids.expand(V, -1), torch.arange(V)[:, None]], dim=1)
-        return first[:, None] * next_distribution(model(longer)[0][:, -1], longer, **sampling)
-
-
-def check_pairs(pairs, p):
-    """Chi-square of pairs against their probabilities; a right program fails once in 100,000 runs."""
-    V, n = len(p), len(pairs)
-    counts = torch.bincount(pairs[:, 0] * V + pairs[:, 1], minlength=V * V).double()
-    p = p.flatten().double()
-    assert counts[p == 0].sum() == 0
-    rare = (p * n < 5) & (p > 0)
-    groups = [(counts[i], p[i] * n) for i in range(V * V) if p[i] * n >= 5]
-    if p[rare].sum() * n >= 5:
-        groups.append((counts[rare].sum(), p[rare].sum() * n))
-    chi_square = sum((found - right)**2 / right for found, right in groups)
-    k = len(groups) - 1  # Wilson and Hilferty's approximation of the quantile
-    assert k >= 5
-    assert chi_square < k * (1 - 2 / (9 * k) + 4.265 * math.sqrt(2 / (9 * k)))**3
-
-
-# ---- speculative decoding
-
-@given(st.integers(0, 10_000))
-@settings(max_examples=20)
-def test_accept_keeps_the_distribution_exactly(seed):
-    """The formula with expectations in place of draws."""
-    torch.manual_seed(seed)
-    p, q = (torch.randn(2, 6) * 2).softmax(-1)
-    more = (p - q).clamp(min=0)
-    out = q * torch.minimum(torch.ones(6), p / q) + (1 - torch.minimum(p, q).sum()) * more / more.sum()
-    torch.testing.assert_close(out, p)
-
-
-def test_accept_on_the_edges():
-    p, q = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
-    for seed in range(50):
-        assert accept(p, q, torch.tensor(0), generator(seed)) == (torch.tensor(1), False)
-        assert accept(p, p, torch.tensor(1), generator(seed)) == (torch.tensor(1), True)
-
-
-@pytest.mark.parametrize("sampling", [{}, dict(temperature=1.5, top_k=4, repetition_penalty=1.5)], ids=str)
-@pytest.mark.parametrize("n_draft", [1, 3])
-def test_speculative_text_has_the_large_models_distribution(n_draft, sampling):
-    model, draft = gpt(vocab_size=5, spread=2.0), gpt("llama", seed=5, vocab_size=5, spread=2.0, n_layers=1)
-    ids, rng = prompt(1, 2), generator(n_draft)
-    exact = pair_distribution(model, ids, **sampling)
-    assert (exact - pair_distribution(draft, ids, **sampling)).abs().sum() > 0.3
-    # three tokens, so that two guesses fit; the first two are compared
-    drawn = torch.cat([speculative_generate(model, draft, ids, 3, n_draft=n_draft, generator=rng, **sampling)
-                       for _ in range(600)])
-    check_pairs(drawn[:, 2:4], exact)
-
-
-@pytest.mark.parametrize("n_draft", [1, 2, 5])
-@pytest.mark.parametrize("kind", SHAPES)
-def test_speculative_greedy_is_the_large_models_text(kind, n_draft):
-    model, ids = gpt(kind), prompt(3, 1)
-    right = generate(model, ids, 30, temperature=0, repetition_penalty=1.2)
-    for draft in (gpt(kind, seed=9), model):
-        found = speculative_generate(model, draft, ids, 30, n_draft=n_draft, temperature=0,
-                                     repetition_penalty=1.2)
-        assert torch.equal(found, right)
-    eos = right[0, 9].item()
-    assert torch.equal(speculative_generate(model, gpt(kind, seed=9), ids, 30, n_draft=n_draft, eos_id=eos,
-                                            temperature=0, repetition_penalty=1.2),
-                       generate(model, ids, 30, eos_id=eos, temperature=0, repetition_penalty=1.2))
-
-
-def test_a_perfect_draft_saves_passes():
-    model, calls = gpt(), []
-    twin = gpt()
-    model.register_forward_hook(lambda *_: calls.append(1))
-    speculative_generate(model, twin, prompt(1), 40, n_draft=4, generator=generator())
-    assert len(calls) == 8  # five tokens for each
-
-
-# ---- beams
-
-def all_texts(model, ids, n, eos_id, penalty):
-    """Every text that ends or is n tokens long, with its score, the best first."""
-    new = torch.tensor(list(product(range(model.config.vocab_size), repeat=n)))
-    rows = torch.cat([ids.expand(len(new), -1), new], dim=1)
-    with torch.no_grad():
-        logp = model(rows)[0][:, ids.shape[1] - 1:-1].log_softmax(-1).gather(-1, new[..., None])[..., 0]
-    scored = {}
-    for row, parts in zip(rows.tolist(), logp.tolist()):
-        text = row[ids.shape[1]:]
-        length = text.index(eos_id) + 1 if eos_id in text else n
-        scored[tuple(row[:ids.shape[1] + length])] = sum(parts[:length]) / length**penalty
-    return sorted(((list(text), score) for text, score in scored.items()), key=lambda text: -text[1])
-
-
-@pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 2.0, -0.5])
-@pytest.mark.parametrize("eos_id", [None, 0])
-def test_a_beam_wide_enough_finds_the_best_of_all(eos_id, penalty):
-    model, ids = gpt(vocab_size=4, spread=3.0), prompt(1, 2)
-    found = beam_search(model, ids, 4, 64, length_penalty=penalty, eos_id=eos_id)
-    right = all_texts(model, ids, 4, eos_id, penalty)
-    assert len(found) == 64
-    for (text, score), (best, best_score) in zip(found[:8], right):
-        assert text.tolist() == best and math.isclose(score, best_score, rel_tol=1e-4)
-
-
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 1.5])
-@pytest.mark.parametrize("seed", range(3))
-def test_beams_equal_transformers(seed, penalty):
-    ours, theirs = hf_pair(seed)
-    ids = torch.randint(1, 23, (1, 4), generator=generator(seed))
-    eos = generate(ours, ids, 20, temperature=0)[0, 9].item()
-    for eos_id in (None, eos):
-        right = hf_generate(theirs, ids, 12, num_beams=4, num_return_sequences=4, early_stopping="never",
-                            length_penalty=penalty, eos_token_id=eos_id, pad_token_id=0,
-                            return_dict_in_generate=True, output_scores=True)
-        for model in (ours, Decoder(ours)):
-            found = beam_search(model, ids, 12, 4, length_penalty=penalty, eos_id=eos_id)
-            assert len(found) == 4
-            for (text, score), row, their_score in zip(found, right.sequences, right.sequences_scores):
-                assert text.tolist() == row[:len(text)].tolist()
-                assert math.isclose(score, their_score.item(), rel_tol=1e-3, abs_tol=1e-4)
-
-
-def test_one_beam_is_greedy():
-    model, ids = gpt(), prompt(4)
-    [(text, _)] = beam_search(model, ids, 20, 1)
-    assert torch.equal(text[None], generate(model, ids, 20, temperature=0))
-
-
 # ---- text
 
 def cut(text, stop):
@@ -418,16 +293,16 @@ def cut(text, stop):
 
 @given(st.lists(st.text("ab。", max_size=4), max_size=12), st.lists(st.text("ab。", min_size=1, max_size=4), max_size=3))
 def test_stop_strings_do_not_depend_on_borders(pieces, stop):
-    found = list(_until(iter(pieces), stop))
+    found = list(until(iter(pieces), stop))
     assert "".join(found) == cut("".join(pieces), stop)
 
 
 @given(st.text("ab", max_size=8), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_what_is_held_back_is_needed_and_enough(text, stop):
-    n = _held_back(text, stop)
+    n = held_back(text, stop)
     beginnings = {k for s in stop for k in range(1, len(s)) if text.endswith(s[:k])}
     assert n == max(beginnings, default=0)
-    assert (_stop_at(text, stop) is None) == (not any(s in text for s in stop))
+    assert (stop_at(text, stop) is None) == (not any(s in text for s in stop))
 
 
 class Recorded:
@@ -439,13 +314,13 @@ class Recorded:
         self.ids, self.config = ids, GPTConfig(vocab_size, 10_000, 1, 2, 1)
 
     def new_cache(self, batch_size, max_len=None):
-        self.place = 0
+        self.step = 0
         return []
 
     def __call__(self, ids, cache=None, n_padding=None):
-        self.place += 1
+        self.step += 1
         logits = torch.zeros(1, ids.shape[1], self.config.vocab_size)
-        logits[:, -1, self.ids[self.place - 1]] = 1
+        logits[:, -1, self.ids[self.step - 1]] = 1
         return logits, None
 
 
@@ -453,6 +328,40 @@ def said(text_or_ids, tokenizer, n=None, **settings):
     ids = tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
     model = Recorded(ids, tokenizer.vocab_size)
     return list(stream_text(model, tokenizer, "安", n or len(ids), temperature=0, **settings))
+
+
+def test_bytes_that_are_no_character_come_at_once():
+    byte, model = ByteTokenizer(), Recorded([0xFF] * 5 + [0xE5, 0xAE] + [65, 0x80], 256)
+    pieces = stream_text(model, byte, "安", 9, temperature=0)
+    for n in range(1, 6):
+        assert next(pieces) == "\ufffd" and model.step == n
+    assert next(pieces) == "\ufffdA" and model.step == 8  # what had begun could still become one until then
+    assert next(pieces) == "\ufffd" and list(pieces) == []
+
+
+@given(st.lists(st.sampled_from([0x41, 0x80, 0xA5, 0xC3, 0xE5, 0xED, 0xF0, 0x9F, 0xFF]), max_size=16))
+def test_streamed_bytes_become_what_they_are_together(ids):
+    assert "".join(said([65, *ids], ByteTokenizer())) == ByteTokenizer().decode([65, *ids])
+
+
+def test_a_stop_string_is_noticed_with_its_last_token():
+    byte = ByteTokenizer()
+    for stop, text, shown in ((["\ufffd\ufffdx"], [65, 0xFF, 0xFF, 120, 66], "A"), (["ab"], b"xxabyy", "xx"),
+                              (["b", "abc"], b"xabcy", "xa"), (["\ufffd"], [65, 0xE5, 66, 67], "A")):
+        model = Recorded(list(text), 256)
+        end = {"A": {120: 4, 66: 3}.get(text[3] if text[3] == 120 else 66), "xx": 4, "xa": 3}[shown]
+        assert "".join(stream_text(model, byte, "a", len(text), temperature=0, stop=stop)) == shown
+        assert model.step == end
+
+
+def test_streaming_takes_linear_time():
+    byte = ByteTokenizer()
+    seconds = {}
+    for n in (1_000, 4_000):
+        start = time.perf_counter()
+        assert "".join(said([0xFF] * n, byte, stop=["nothing like it"])) == "\ufffd" * n
+        seconds[n] = time.perf_counter() - start
+    assert seconds[4_000] < 12 * seconds[1_000]  # 4 if linear, 16 if quadratic
 
 
 TEXT = "安娜在花园里读她的红书。Anna reads her red book in the garden. 👩‍🚀 ok"
@@ -490,7 +399,7 @@ def refused(match, fn, *args, **settings):
 @pytest.mark.parametrize("bad, message", [
     (dict(temperature=-0.1), "temperature must be at least 0 and finite, not -0.1"),
     (dict(temperature=math.inf), "temperature must be"), (dict(temperature=math.nan), "temperature must be"),
-    (dict(top_k=0), "top_k must be a whole number of at least 1, not 0"), (dict(top_k=1.5), "top_k must"),
+    (dict(top_k=0), "top_k must be a whole number of at least 1, not 0"),
     (dict(top_k=True), "top_k must"), (dict(top_p=0.0), "top_p must be above 0 and at most 1, not 0.0"),
     (dict(top_p=1.01), "top_p must"), (dict(min_p=-0.1), "min_p must be from 0 to 1"),
     (dict(min_p=1.1), "min_p must"), (dict(repetition_penalty=0.0), "repetition_penalty must be above 0"),
@@ -499,30 +408,32 @@ def test_nonsensical_settings_are_refused_before_any_work(bad, message):
     model, calls = gpt(), []
     model.register_forward_hook(lambda *_: calls.append(1))
     refused(message, stream, model, prompt(1), 5, **bad)  # without asking for a token
-    refused(message, generate, model, prompt(1), 5, **bad)
-    refused(message, speculative_generate, model, model, prompt(1), 5, **bad)
+    refused(message, Sampling, **bad)
+    refused(message, next_distribution, torch.zeros(1, 3), torch.tensor([[0]]), **bad)
     assert not calls
 
 
 def test_requests_that_cannot_work_are_refused():
     model = gpt()
-    for fn in (generate, stream, lambda *a, **k: beam_search(*a, 2, **k),
-               lambda m, *a, **k: speculative_generate(m, m, *a, **k)):
-        refused(r"ids must be whole numbers of shape \(B, T\)", fn, model, torch.zeros(1, 0, dtype=torch.long), 5)
-        refused("max_new_tokens must be from 1 to 45 after 3 tokens, since max_len is 48, not 46",
+    for fn in (generate, stream):
+        refused(r"ids must be tokens from 0 to 22 of shape \(B, T\)", fn, model, torch.zeros(1, 0, dtype=torch.long), 5)
+        refused("max_new_tokens must be from 1 to 45 after 3 tokens, since max_len is 48",
                 fn, model, prompt(1, 2, 3), 46)
         refused("max_new_tokens must be from 1 to 45", fn, model, prompt(1, 2, 3), 0)
         refused("max_new_tokens must be from 1 to -1", fn, model, prompt(*[1] * 49), 1)
     assert generate(model, prompt(1, 2, 3), 45).shape == (1, 48)  # up to the last place
-    with pytest.raises(IndexError):  # torch's own
-        generate(model, prompt(1, 23), 5)
+    for bad in (prompt(1, 23), prompt(23), prompt(-1, 2), prompt(1.5), torch.tensor([1, 2])):
+        with pytest.raises((ValueError, TypeError), match="ids must be tokens from 0 to 22|parameter 'ids'"):
+            stream(model, bad, 5)
     for bad in ([2], [-1]):
         refused(r"n_padding must be 1 numbers from 0 to 1, not", generate, model, prompt(1, 2), 5,
                 n_padding=torch.tensor(bad))
     dropout = gpt(dropout=0.1).train()
-    for fn in (lambda m: generate(m, prompt(1), 2), Decoder):
-        refused(r"model must be in evaluation mode", fn, dropout)
+    for use_cache in (True, False):
+        refused(r"model must be in evaluation mode", generate, dropout, prompt(1), 2, use_cache=use_cache)
     generate(gpt().train(), prompt(1), 2)  # without dropout the mode is the same
+    with pytest.raises((TypeError, ValueError), match="top_k"):
+        Sampling(top_k=1.5)
     with pytest.raises(TypeError, match="topk"):
         stream(model, prompt(1), 5, topk=3)
 
@@ -531,26 +442,24 @@ def test_other_refusals():
     model, byte = gpt(), ByteTokenizer()
     for bad in ([], [[1], []]):
         refused("prompts must be lists of at least one token", pad_left, bad)
-    refused("ids must be one row", beam_search, model, prompt(1).expand(2, 1), 5, 2)
-    refused("n_beams at least 1 .* 0 and", beam_search, model, prompt(1), 5, 0)
-    refused("length_penalty finite", beam_search, model, prompt(1), 5, 2, length_penalty=math.inf)
-    refused("both vocabularies equal, not 1 rows, 4, 5 and 23", speculative_generate, model, gpt(vocab_size=5),
-            prompt(1), 5)
-    refused("n_draft at least 1", speculative_generate, model, model, prompt(1), 5, n_draft=0)
-    refused("max_len is 8", speculative_generate, model, gpt(max_len=8), prompt(1), 20)
-    refused("stop must be a list of strings that are not empty", stream_text, model, byte, "a", 5, stop="x")
-    refused("stop must be a list", stream_text, model, byte, "a", 5, stop=[""])
-    refused("ids must be whole numbers", stream_text, model, byte, "", 5)
+    large = gpt(vocab_size=256)
+    for bad in ("x", [""], ["a", ""]):
+        refused("stop must be a list of strings that are not empty", stream_text, large, byte, "a", 5, stop=bad)
+    refused("ids must be tokens", stream_text, large, byte, "", 5)
+    refused("tokenizer.vocab_size must be at least the model's, 300, not 256", stream_text,
+            gpt(vocab_size=300), byte, "a", 5)
+    refused("ids must be tokens from 0 to 22", stream_text, model, byte, "a", 5)
 
 
-def test_a_decoder_is_in_training_when_its_model_is():
-    model = gpt(dropout=0.5)
-    decoder = Decoder(model.eval())
-    model.train()
-    with pytest.raises(ValueError, match="evaluation mode"):
-        generate(decoder, prompt(1), 3)
-    model.eval()
-    assert generate(decoder, prompt(1), 3).shape == (1, 4) and decoder.device == model.device
+def test_rows_of_other_integers_are_padded():
+    ids, n_padding = pad_left([np.array([1, 2, 3], dtype=np.uint16), torch.tensor([4], dtype=torch.int32), (5, 6)])
+    assert ids.dtype == torch.int64 and ids.tolist() == [[1, 2, 3], [0, 0, 4], [0, 5, 6]]
+    assert n_padding.tolist() == [0, 2, 1]
+
+
+def test_stop_strings_of_any_kind():
+    for stop in (["!"], ("!",), {"!"}, iter(["!"]), (s for s in ["!", "?"])):
+        assert "".join(said("ab!c", ByteTokenizer(), stop=stop)) == "ab"
 
 
 def test_several_tokens_may_end_a_text():
@@ -558,13 +467,10 @@ def test_several_tokens_may_end_a_text():
     plain = generate(model, prompt(1), 12, temperature=0)[0]
     first = {token: plain.tolist().index(token, 1) for token in set(plain[1:].tolist())}
     a, b = sorted(first, key=first.get)[1:3]
-    for run in (lambda eos: generate(model, prompt(1), 12, temperature=0, eos_id=eos)[0],
-                lambda eos: speculative_generate(model, model, prompt(1), 12, temperature=0, eos_id=eos)[0],
-                lambda eos: beam_search(model, prompt(1), 12, 1, length_penalty=0.0, eos_id=eos)[0][0]):
-        assert run([b, a]).tolist() == plain[:first[a] + 1].tolist()
-        for wrong in (3_000, [1, -1]):
-            with pytest.raises(ValueError, match="eos_id must be tokens from 0 to 22"):
-                run(wrong)
+    for eos_id in ([b, a], {a, b}):
+        assert torch.equal(generate(model, prompt(1), 12, temperature=0, eos_id=eos_id)[0], plain[:first[a] + 1])
+    for wrong in (3_000, [1, -1]):
+        refused("eos_id must be tokens from 0 to 22", generate, model, prompt(1), 12, eos_id=wrong)
 
 
 @pytest.mark.parametrize("settings, message", [
