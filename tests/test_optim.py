@@ -1,6 +1,5 @@
 """Chapter 07: every optimizer against torch's own over 100 steps; schedules, clipping, refusals."""
 import copy
-import inspect
 import math
 
 import numpy as np
@@ -29,21 +28,28 @@ PAIRS = [
     (SGD, "SGD", {"lr": 0.01, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1}),
     (SGD, "SGD", {"weight_decay": 0.5}),
     (RMSProp, "RMSprop", {}), (RMSProp, "RMSprop", {"lr": 1e-3, "alpha": 0.9, "eps": 1e-4}),
-    (RMSProp, "RMSprop", {"weight_decay": 0.1}),
     (Adam, "Adam", {}), (Adam, "Adam", {"lr": 0.01, "betas": (0.5, 0.9), "eps": 1e-3}),
     (Adam, "Adam", {"weight_decay": 0.1}),
     (AdamW, "AdamW", {}), (AdamW, "AdamW", {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-6}),
     (AdamW, "AdamW", {"weight_decay": 0.0}), (AdamW, "AdamW", {"weight_decay": 0.3}),
     (AdamW, "AdamW", {"betas": (0.0, 0.0)}),
 ]
-MUON = [{}, {"nesterov": False}, {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.0},
-        {"adjust_lr_fn": "original"}, {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3},
-        {"ns_coefficients": (1.5, -0.5, 0.0), "eps": 1e-3}]
+MUON = [{}, {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.0}, {"momentum": 0.0}]
 
 
 def parameters(shapes=SHAPES, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def changes_nothing(optimizer, act, message):
+    """`act` raises ValueError, and the optimizer is as it was."""
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        act()
+    after = optimizer.state_dict()
+    same(after["state"], before["state"], atol=0)
+    assert after["param_groups"] == before["param_groups"]
 
 
 def give_gradients(ps, step, absent=()):
@@ -94,7 +100,8 @@ def test_defaults_are_those_of_torch():
                          (Muon, "Muon")):
         if hasattr(torch.optim, theirs):
             a, b = ours(parameters([(2, 2)])), getattr(torch.optim, theirs)(parameters([(2, 2)]))
-            assert a.defaults == {name: b.defaults[name] for name in a.defaults}
+            newer = {"decoupled_weight_decay": a.defaults.get("decoupled_weight_decay")}  # 2.7 on
+            assert a.defaults == {name: (newer | b.defaults)[name] for name in a.defaults}
 
 
 @given(st.integers(0, 99), st.floats(1e-5, 0.1), st.floats(0, 0.99), st.floats(0, 0.999),
@@ -120,15 +127,12 @@ def test_plain_step_on_arrays_and_tensors(seed, lr, beta1, beta2, decay, shape):
     np.testing.assert_allclose(square, optimizer.state[peer]["exp_avg_sq"].numpy(), atol=1e-12)
 
 
-def test_plain_step_keeps_float32_and_refuses():
+def test_plain_step_keeps_float32_and_counts_from_one():
     arrays = [np.ones(3, np.float32) for _ in range(4)]
     adamw_step(*arrays, 1, lr=0.1)
     assert all(x.dtype == np.float32 for x in arrays)
-    with pytest.raises(ValueError, match="step must count from 1, not 0"):
+    with pytest.raises(ZeroDivisionError), np.errstate(divide="ignore"):
         adamw_step(*arrays, 0, lr=0.1)
-    unchecked = inspect.unwrap(adamw_step)  # the type checker would complain first
-    with pytest.raises(ValueError, match=r"must have the parameter's shape, \(3,\), not \(3, 1\)"):
-        unchecked(np.ones(3), np.ones((3, 1)), np.zeros(3), np.zeros(3), 1, lr=0.1)
 
 
 def test_groups_have_options_of_their_own():
@@ -180,8 +184,7 @@ def test_state_travels_between_ours_and_torch(ours, theirs, options, tmp_path):
     shapes = [(7, 5), (600, 500)] if ours is Muon else SHAPES
     through = parameters(shapes)
     train(ours(through, **options), through, 20)
-    ways = [(ours, ours), (theirs, ours), (ours, theirs)]
-    for first, second in ways[:2] if ours is SGD else ways:  # torch's SGD wants a dampening as well
+    for first, second in (ours, ours), (theirs, ours), (ours, theirs):
         ps = parameters(shapes)
         before = first(ps, **options)
         train(before, ps, 10)
@@ -193,16 +196,89 @@ def test_state_travels_between_ours_and_torch(ours, theirs, options, tmp_path):
 
 
 def test_state_of_an_option_we_lack_is_refused():
-    ps = parameters()
-    for kind, theirs, option in ((AdamW, torch.optim.AdamW, {"amsgrad": True}),
-                                 (Adam, torch.optim.Adam, {"maximize": True}),
-                                 (SGD, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
-                                 (RMSProp, torch.optim.RMSprop, {"momentum": 0.9}),
-                                 (RMSProp, torch.optim.RMSprop, {"centered": True})):
-        ours, before = kind(ps), copy.deepcopy(kind(ps).state_dict())
-        with pytest.raises(ValueError, match=f"{[*option][-1]} must be off"):
-            ours.load_state_dict(theirs(ps, **option).state_dict())
-        assert ours.state_dict() == before
+    ps = parameters([(3, 2)])
+    for kind, theirs, option in ((AdamW, "AdamW", {"amsgrad": True}),
+                                 (Adam, "Adam", {"maximize": True}),
+                                 (SGD, "SGD", {"momentum": 0.9, "dampening": 0.5}),
+                                 (RMSProp, "RMSprop", {"momentum": 0.9}),
+                                 (RMSProp, "RMSprop", {"weight_decay": 0.1}),
+                                 (RMSProp, "RMSprop", {"centered": True}),
+                                 (Muon, "Muon", {"nesterov": False}),
+                                 (Muon, "Muon", {"ns_coefficients": (1.5, -0.5, 0.0)}),
+                                 (Muon, "Muon", {"adjust_lr_fn": "match_rms_adamw"})):
+        if hasattr(torch.optim, theirs):
+            ours, other = kind(ps), getattr(torch.optim, theirs)(ps, **option)
+            message = f"{[*option][-1]} must be "
+            changes_nothing(ours, lambda: ours.load_state_dict(other.state_dict()), message)
+            changes_nothing(ours, lambda: ours.add_param_group(
+                {"params": parameters([(2, 2)]), **option}), message)
+
+
+TORCHS = [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam, torch.optim.AdamW,
+          torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adagrad,
+          torch.optim.Adadelta, torch.optim.ASGD, torch.optim.Rprop,
+          *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else [])]
+
+
+@pytest.mark.parametrize("ours", [SGD, RMSProp, Adam, AdamW, Muon])
+@pytest.mark.parametrize("trained", [True, False])
+def test_state_of_another_optimizer_is_refused(ours, trained):
+    for theirs in [*TORCHS, SGD, RMSProp, Adam, AdamW, Muon]:
+        if theirs.__name__.lower() == ours.__name__.lower():
+            continue
+        ps = parameters([(3, 2)])
+        other = theirs(ps)
+        if (ours, theirs) == (Adam, torch.optim.AdamW) and "decoupled_weight_decay" not in other.defaults:
+            continue  # before torch 2.7 their states were the same
+        if (ours, theirs) == (AdamW, torch.optim.Adam) and "decoupled_weight_decay" not in other.defaults:
+            continue
+        if trained:
+            train(other, ps, 2)
+        mine = ours(ps)
+        changes_nothing(mine, lambda: mine.load_state_dict(other.state_dict()), "must be")
+
+
+def test_arrays_that_do_not_belong_are_refused():
+    ps = parameters([(3, 2)])
+    before = Adam(ps)
+    train(before, ps, 2)
+    state = before.state_dict()
+    for wrong in ({"exp_avg": torch.zeros(3, 2)}, {"exp_avg": torch.zeros(3, 2), "exp_inf": torch.zeros(3, 2)},
+                  {"exp_avg": torch.zeros(2, 3), "exp_avg_sq": torch.zeros(2, 3)}):
+        bad = {**state, "state": {0: {"step": torch.tensor(2.0), **wrong}}}
+        mine = Adam(ps)
+        changes_nothing(mine, lambda: mine.load_state_dict(bad), "arrays in the state must be")
+    other = Adam(parameters([(2, 3)]))  # of another parameter
+    changes_nothing(other, lambda: other.load_state_dict(state), "arrays in the state must be")
+    state["param_groups"][0]["lr"] = -1.0
+    changes_nothing(before, lambda: before.load_state_dict(state), "lr must be")
+
+
+def test_momentum_may_be_switched_on_and_off():
+    ps = parameters([(3, 2)])
+    optimizer = SGD(ps, momentum=0.0)
+    for momentum in (0.0, 0.9, 0.0):
+        optimizer.param_groups[0]["momentum"] = momentum
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(optimizer, ps, 2)
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_parameters_as_torch(dtype):
+    for ours, theirs in ((SGD, "SGD"), (RMSProp, "RMSprop"), (Adam, "Adam"), (AdamW, "AdamW")):
+        a, b = (parameters([(4, 3), (), (600, 500)], dtype) for _ in range(2))
+        mine, other = ours(a, lr=0.1), getattr(torch.optim, theirs)(b, lr=0.1)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            for p, q in zip(a, b):
+                p.grad = torch.randn(p.shape, generator=generator, dtype=dtype)
+                q.grad = p.grad.clone()
+            mine.step()
+            other.step()
+        same(a, b, atol=2e-6)
+    with pytest.raises(ValueError, match="params of Muon must be real matrices"):
+        Muon(a[:1])
 
 
 def test_closure_computes_gradients_and_its_loss_comes_back():
@@ -238,19 +314,20 @@ def test_bad_gradients_change_nothing(kind, bad):
     before, state = copy.deepcopy([p.detach() for p in ps]), copy.deepcopy(optimizer.state_dict())
     give_gradients(ps, 2)
     ps[2].grad[1, 0] = bad
-    with pytest.raises(ValueError, match=r"parameter 1 of group 1, of shape \(4, 2\), has inf or nan"):
+    with pytest.raises(ValueError, match=r"parameter 1 in group 1, of shape \(4, 2\), must be finite"):
         optimizer.step()
     same([p.detach() for p in ps], before, atol=0)
     same(optimizer.state_dict()["state"], state["state"], atol=0)
 
 
-def test_sparse_gradients_are_refused():
+def test_sparse_gradients_are_refused_by_torch():
     table = torch.nn.Embedding(5, 3, sparse=True)
     table(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(ValueError, match="gradients must be dense; that of parameter 0 of group 0"):
-        Adam(table.parameters()).step()
-    with pytest.raises(ValueError, match="gradients must be dense"):
-        clip_grad_norm(table.parameters(), 1.0)
+    optimizer = Adam(table.parameters())
+    for act in (optimizer.step, lambda: clip_grad_norm(table.parameters(), 1.0)):
+        with pytest.raises(RuntimeError, match="Sparse"):
+            act()
+    assert not optimizer.state
 
 
 def test_large_but_finite_gradients_pass():
@@ -272,17 +349,16 @@ def test_mixed_dtypes():
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (lambda ps: SGD(ps, lr=-1.0), "lr must be finite and at least 0, not -1"),
-    (lambda ps: SGD(ps, lr=math.nan), "lr must be finite"),
+    (lambda ps: SGD(ps, lr=-1.0), "lr must be at least 0 and below inf, not -1"),
+    (lambda ps: SGD(ps, lr=math.nan), "lr must be"),
+    (lambda ps: SGD(ps, lr=math.inf), "lr must be"),
     (lambda ps: SGD(ps, momentum=1.0), "momentum must be at least 0 and below 1, not 1"),
-    (lambda ps: SGD(ps, nesterov=True), "nesterov must come with a momentum"),
     (lambda ps: RMSProp(ps, alpha=1.5), "alpha must be"),
     (lambda ps: Adam(ps, betas=(0.9, 1.0)), r"betas must be at least 0 and below 1, not \(0.9, 1.0\)"),
     (lambda ps: Adam(ps, eps=-1e-8), "eps must be"),
     (lambda ps: AdamW(ps, weight_decay=-0.1), "weight_decay must be"),
     (lambda ps: AdamW([{"params": ps, "lr": -2.0}]), "lr must be"),
-    (lambda ps: Muon(ps), r"parameter 1 has shape \(5,\): give it to AdamW"),
-    (lambda ps: Muon(ps[:1], adjust_lr_fn="other"), "adjust_lr_fn must be None, 'original' or"),
+    (lambda ps: Muon(ps), r"params of Muon must be real matrices .*, not \(5,\)"),
     (lambda ps: AdamW([]), "empty"),
 ])
 def test_refuses_options(wrong, message):
@@ -303,8 +379,6 @@ def test_orthogonalise_against_svd(rows, columns, seed):
     generator = torch.Generator().manual_seed(seed)
     G = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    if S[-1] / S[0] > 1e-3:
-        torch.testing.assert_close(orthogonalise(G, (1.5, -0.5, 0.0), 60), U @ Vh)
     sigma = S / S.norm()
     for _ in range(5):
         sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
@@ -427,15 +501,21 @@ def test_a_small_network_learns_with_each():
         assert losses[-1] < 0.1 * losses[0], kind
 
 
-def test_options_that_fit_no_optimizer():
-    p = [torch.nn.Parameter(torch.ones(2, 2))]
+def test_betas_must_be_two():
     for betas in ([0.9], 0.9, [0.9, 0.9, 0.9]):
-        with pytest.raises(ValueError, match="betas must be two numbers"):
-            optim.AdamW([{"params": p, "betas": betas}])
-    with pytest.raises(ValueError, match="ns_steps must be at least 0"):
-        optim.Muon(p, ns_steps=-1)
-    state = torch.optim.AdamW(p).state_dict()
-    state["param_groups"][0]["decoupled_weight_decay"] = True
-    optim.AdamW(p).load_state_dict(state)
-    with pytest.raises(ValueError, match="decoupled_weight_decay must be off in a state for Adam"):
-        optim.Adam(p).load_state_dict(state)
+        ps = parameters([(2, 2)])
+        optimizer = AdamW([{"params": ps, "betas": betas}])
+        with pytest.raises((ValueError, TypeError), match="unpack"):
+            train(optimizer, ps, 1)
+
+
+def test_nesterov_without_momentum_is_gradient_descent():
+    a, b = parameters(), parameters()
+    train(SGD(a, nesterov=True), a, 3)
+    train(SGD(b), b, 3)
+    same(a, b, atol=0)
+
+
+def test_empty_matrices_are_left_alone():
+    ps = parameters([(0, 3), (3, 0), (2, 2)])
+    train(Muon(ps), ps, 2)
