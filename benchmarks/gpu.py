@@ -9,6 +9,7 @@ need a GPU. Logs go into --out.
     python benchmarks/gpu.py --data FILE --tiny   # every branch in tiny sizes; records nothing
 """
 import argparse
+import functools
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # compile times that are true
 
+import common
 import gpt as chapter14  # benchmarks/gpt.py, for its yardstick
 import numpy as np
 import torch
@@ -45,10 +47,10 @@ from llm_book.gpu import (
     memory_bandwidth,
     memory_estimate,
     mfu,
-    seconds_per_call,
+    synchronise,
     train_flops_per_token,
 )
-from llm_book.lab import best_device, record
+from llm_book.lab import best_device
 from llm_book.tokens import CharTokenizer
 from llm_book.train import TrainConfig, accumulate, train
 
@@ -65,10 +67,6 @@ FAST = replace(RECIPE, max_steps=600, batch_size=128, optimizer="muon", muon_lr=
 BEST = replace(FAST, max_steps=1_500, eval_every=250)
 
 
-def show(name: str, entry: dict) -> None:
-    print(f"{name}: {entry['value']:.4g} ± {entry['sd'] or 0:.2g} {entry['unit']}", flush=True)
-
-
 class Bench:
     """The device, the sizes that suit it, and where the records and logs go."""
 
@@ -80,13 +78,11 @@ class Bench:
         self.out = Path(options.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.peaks: dict[str, float] = {}
+        self.ledger = common.Bench("gpu", command=COMMAND, threads=torch.get_num_threads())
 
     def record(self, key: str, value, unit: str, **context) -> None:
-        n = np.size(value)
-        entry = record(f"gpu/{self.device.type}_{key}", value, unit, command=COMMAND,
-                       seeds=list(range(n)) if n > 1 else (), threads=torch.get_num_threads(),
-                       **context)
-        show(key, entry)
+        seeds = range(np.size(value)) if np.size(value) > 1 else ()
+        self.ledger.report(f"{self.device.type}_{key}", value, unit, seeds, **context)
 
     # ---- ceilings
 
@@ -164,18 +160,19 @@ class Bench:
             batch_size = self.options.race_batch
         with_compile = self.compiles()
         steps = self.contenders(config, batch_size, with_compile)
-        times = []
-        for _ in self.rounds:
-            turns = [[seconds_per_call(step, self.device, 1, 0)[0] for step in steps.values()]
-                     for _ in range(2 if self.tiny else 5)]
-            times.append(np.median(turns, axis=0))
-        times = dict(zip(steps, np.array(times).T))
+        calls = {name: functools.partial(self.whole, step) for name, step in steps.items()}
+        times = common.in_turns(calls, self.rounds, rounds=2 if self.tiny else 5)
         tokens = batch_size * config.max_len
         (self.out / f"race_{self.device.type}.json").write_text(
             json.dumps({name: (tokens / seconds).tolist() for name, seconds in times.items()}, indent=1))
         for name, seconds in times.items():
             print(f"{name:24} {np.median(tokens / seconds):12,.0f} tokens/s", flush=True)
         self.record_race(times, tokens, config, batch_size)
+
+    def whole(self, step: Callable[[], float]) -> None:
+        """A step, waited for."""
+        step()
+        synchronise(self.device)
 
     def record_race(self, times: dict, tokens: int, config: GPTConfig, batch_size: int) -> None:
         ours = times["ours, compiled" if "ours, compiled" in times else "ours"]
@@ -335,12 +332,12 @@ class Bench:
             plain.load_state_dict({name: value.cpu() for name, value in self.model.state_dict().items()})
             bits.append(chapter14.bits(plain, test))
         window = plain.config.max_len
-        entry = record("ladder/gpt_gpu", bits, "bits per byte", seeds=range(len(bits)), command=COMMAND,
-                       label="GPT on a GPU", corpus="python_docs", split="test part of split_text",
-                       test_bytes=len(test), parameters=sum(p.numel() for p in plain.parameters()),
-                       shape=asdict(plain.config), plan=asdict(BEST), runs=runs,
-                       rule=f"as the GPT's, from {window // 2 + 1} to {window} bytes before")
-        show("rung", entry)
+        common.Bench("ladder", command=COMMAND).report(
+            "gpt_gpu", bits, "bits per byte", range(len(bits)), label="GPT on a GPU",
+            corpus="python_docs", split="test part of split_text", test_bytes=len(test),
+            parameters=sum(p.numel() for p in plain.parameters()), shape=asdict(plain.config),
+            plan=asdict(BEST), runs=runs,
+            rule=f"as the GPT's, from {window // 2 + 1} to {window} bytes before")
 
 
 class Wrapped(nn.Module):
