@@ -12,20 +12,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from llm_book.distributed import (
-    accumulate_ranks,
-    fit_alpha_beta,
-    ring_all_reduce,
-    setup,
-    wrap,
-)
+from llm_book.distributed import accumulate_ranks, ring_all_reduce, setup, wrap
 from llm_book.gpt import GPT, GPTConfig
 from llm_book.lab import record
 from llm_book.optim import AdamW
@@ -104,6 +98,19 @@ def work() -> None:
     if place.rank == 0:
         keep(dist.get_backend(), times, by_hand, {name: np.array(t) for name, t in took.items()})
     dist.destroy_process_group()
+
+
+def fit_alpha_beta(
+    n_bytes: Sequence[float],  # sizes of at least two kinds
+    seconds: Sequence[float],  # that an all-reduce of each took
+    world_size: int,
+) -> tuple[float, float]:
+    """The alpha and beta of `all_reduce_seconds` for a ring that come closest, in relative terms."""
+    sizes, took = np.asarray(n_bytes, float), np.asarray(seconds, float)
+    messages = 2 * (world_size - 1)
+    rows = np.stack([np.full_like(sizes, messages), messages / world_size * sizes], 1)
+    alpha, beta = np.linalg.lstsq(rows / took[:, None], np.ones_like(took), rcond=None)[0]
+    return float(alpha), float(beta)
 
 
 def keep(backend: str, times: np.ndarray, by_hand: np.ndarray, took: dict) -> None:
