@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .lab import require
 
@@ -85,11 +84,12 @@ def _refuse_bad_gradients(groups: list[dict]) -> None:
              for j, p in enumerate(group["params"]) if p.grad is not None}
     if found and not _norm([*found.values()]).isfinite():
         for (i, j), grad in found.items():  # or the square of a large number was too large
-            require(grad.isfinite().all(), f"gradient of parameter {j} in group {i}, of shape "
+            bad = _norm([(~grad.isfinite()).float()])  # over all processes that share the gradient
+            require(bad == 0, f"gradient of parameter {j} in group {i}, of shape "
                     f"{tuple(grad.shape)},", "finite", "inf or nan")
 
 
-class _Optimizer(Optimizer):
+class _Optimizer(torch.optim.Optimizer):
     """What all have in common; `_arrays` and `_update` make an optimizer of it."""
 
     _arrays = ()  # their names in the state of each parameter, where its step stands as well
@@ -288,10 +288,7 @@ class Muon(_Optimizer):
 # %% ../nbs/07_optim.ipynb #36843fe4
 #| code-fold: true
 def _phases(step: int, lrs: tuple, warmup_steps: int, total_steps: int, decay_steps: int):
-    """How much of the warm-up is done, and how much of the decay; both from 0 to 1.
-
-    Raises: `ValueError` for rates or numbers of steps that do not fit together.
-    """
+    """Shares of warm-up and decay that are done. Raises: `ValueError` for what does not fit."""
     require(step >= 0, "step", "at least 0", step)
     require(0 <= lrs[0] <= lrs[1] < math.inf, "min_lr", f"from 0 to max_lr = {lrs[1]}", lrs[0])
     require(0 <= warmup_steps < total_steps, "warmup_steps",

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import distributed
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from llm_book import optim
 from llm_book.optim import (
@@ -42,11 +44,12 @@ def parameters(shapes=SHAPES, dtype=torch.float32):
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def changes_nothing(optimizer, act, message):
-    """`act` raises ValueError, and the optimizer is as it was."""
+def refuses(method, argument, message):
+    """An optimizer's method raises ValueError, and the optimizer is as it was."""
+    optimizer = method.__self__
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=message):
-        act()
+        method(argument)
     after = optimizer.state_dict()
     same(after["state"], before["state"], atol=0)
     assert after["param_groups"] == before["param_groups"]
@@ -209,9 +212,8 @@ def test_state_of_an_option_we_lack_is_refused():
         if hasattr(torch.optim, theirs):
             ours, other = kind(ps), getattr(torch.optim, theirs)(ps, **option)
             message = f"{[*option][-1]} must be "
-            changes_nothing(ours, lambda: ours.load_state_dict(other.state_dict()), message)
-            changes_nothing(ours, lambda: ours.add_param_group(
-                {"params": parameters([(2, 2)]), **option}), message)
+            refuses(ours.load_state_dict, other.state_dict(), message)
+            refuses(ours.add_param_group, {"params": parameters([(2, 2)]), **option}, message)
 
 
 TORCHS = [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam, torch.optim.AdamW,
@@ -228,14 +230,12 @@ def test_state_of_another_optimizer_is_refused(ours, trained):
             continue
         ps = parameters([(3, 2)])
         other = theirs(ps)
-        if (ours, theirs) == (Adam, torch.optim.AdamW) and "decoupled_weight_decay" not in other.defaults:
-            continue  # before torch 2.7 their states were the same
-        if (ours, theirs) == (AdamW, torch.optim.Adam) and "decoupled_weight_decay" not in other.defaults:
-            continue
+        if {ours, theirs} in ({Adam, torch.optim.AdamW}, {AdamW, torch.optim.Adam}) and \
+                "decoupled_weight_decay" not in other.defaults:
+            continue  # before torch 2.7 the two cannot be told apart
         if trained:
             train(other, ps, 2)
-        mine = ours(ps)
-        changes_nothing(mine, lambda: mine.load_state_dict(other.state_dict()), "must be")
+        refuses(ours(ps).load_state_dict, other.state_dict(), "must be")
 
 
 def test_arrays_that_do_not_belong_are_refused():
@@ -246,12 +246,11 @@ def test_arrays_that_do_not_belong_are_refused():
     for wrong in ({"exp_avg": torch.zeros(3, 2)}, {"exp_avg": torch.zeros(3, 2), "exp_inf": torch.zeros(3, 2)},
                   {"exp_avg": torch.zeros(2, 3), "exp_avg_sq": torch.zeros(2, 3)}):
         bad = {**state, "state": {0: {"step": torch.tensor(2.0), **wrong}}}
-        mine = Adam(ps)
-        changes_nothing(mine, lambda: mine.load_state_dict(bad), "arrays in the state must be")
+        refuses(Adam(ps).load_state_dict, bad, "arrays in the state must be")
     other = Adam(parameters([(2, 3)]))  # of another parameter
-    changes_nothing(other, lambda: other.load_state_dict(state), "arrays in the state must be")
+    refuses(other.load_state_dict, state, "arrays in the state must be")
     state["param_groups"][0]["lr"] = -1.0
-    changes_nothing(before, lambda: before.load_state_dict(state), "lr must be")
+    refuses(before.load_state_dict, state, "lr must be")
 
 
 def test_momentum_may_be_switched_on_and_off():
@@ -320,6 +319,32 @@ def test_bad_gradients_change_nothing(kind, bad):
     same(optimizer.state_dict()["state"], state["state"], atol=0)
 
 
+def steps_with_a_bad_part(rank, folder):
+    """One of two processes that share a matrix; the nan is in the part of the second."""
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
+    weight, other = (distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]).requires_grad_()
+                     for _ in range(2))
+    optimizer = AdamW([other, weight])
+    for p in (other, weight):
+        p.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+    optimizer.step()
+    if rank == 1:
+        weight.grad.to_local()[0, 0] = math.nan
+    try:
+        optimizer.step()
+    except ValueError as error:
+        (folder / str(rank)).write_text(f"{error} {(weight == other).to_local().all()}")
+    distributed.destroy_process_group()
+
+
+def test_all_processes_that_share_a_bad_gradient_refuse_it(tmp_path):
+    torch.multiprocessing.spawn(steps_with_a_bad_part, (tmp_path,), nprocs=2)
+    for rank in "01":
+        assert (tmp_path / rank).read_text() == ("gradient of parameter 1 in group 0, of shape (4, 3), "
+                                                 "must be finite, not 'inf or nan' True")
+
+
 def test_sparse_gradients_are_refused_by_torch():
     table = torch.nn.Embedding(5, 3, sparse=True)
     table(torch.tensor([1, 2])).sum().backward()
@@ -368,10 +393,7 @@ def test_refuses_options(wrong, message):
 
 def test_a_refused_group_is_not_kept():
     ps = parameters()
-    optimizer = Muon(ps[:1])
-    with pytest.raises(ValueError, match="matrices"):
-        optimizer.add_param_group({"params": ps[1:2]})
-    assert len(optimizer.param_groups) == 1
+    refuses(Muon(ps[:1]).add_param_group, {"params": ps[1:2]}, "matrices")
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
