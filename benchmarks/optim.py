@@ -4,22 +4,14 @@ The tensors are those of a small GPT: an embedding of 4,096 × 320 and seven blo
 
     python benchmarks/optim.py
 """
-import os
-
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
 import math
-import time
 
+import common
 import torch
 
 from llm_book import optim
-from llm_book.lab import record
 
-RUNS, STEPS = range(9), 5
-COMMAND = "python benchmarks/optim.py"
+BENCH, STEPS = common.Bench("optim", range(9), cores=1), 5
 D = 320
 BLOCK = [(3 * D, D), (3 * D,), (D, D), (D,), (4 * D, D), (4 * D,), (D, 4 * D), (D,), *[(D,)] * 4]
 SHAPES = [(4096, D)] + 7 * BLOCK
@@ -49,33 +41,23 @@ def parameters(shapes: list) -> list[torch.Tensor]:
     return made
 
 
-def milliseconds(optimizer: torch.optim.Optimizer) -> float:
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        optimizer.step()
-    return 1e3 * (time.perf_counter() - start) / STEPS
-
-
 def main() -> None:
-    torch.set_num_threads(1)
+    common.one_core()
     torch.zeros(30 * 2**18)  # 30 MB come and go, as in training; after that glibc keeps memory, and
     # torch's foreach gets its temporaries without page faults (they take half its time otherwise)
     for name, (make_ours, make_theirs, shapes) in PAIRS.items():
         sets = parameters(shapes), parameters(shapes)
-        ours, theirs = make_ours(sets[0]), make_theirs(sets[1])
-        milliseconds(ours), milliseconds(theirs)  # warm-up; both have done the same work
+        calls = {"ours": make_ours(sets[0]).step, "torch": make_theirs(sets[1]).step}
+        for step in calls.values():
+            common.seconds(step, STEPS)  # warm-up; both do the same work
         atol = 5e-5 if name.startswith("muon") else 1e-6  # its moves are rounded to bfloat16
         torch.testing.assert_close(*sets, rtol=0, atol=atol)
-        times = [(milliseconds(ours), milliseconds(theirs)) for _ in RUNS]
-        context = {"seeds": list(RUNS), "command": COMMAND, "cores": 1, "steps": STEPS,
-                   "n_parameters": sum(map(math.prod, shapes)), "n_tensors": len(shapes)}
-        rows = [(name, [a / b for a, b in times], "ratio of times")]
+        times = common.in_turns(calls, BENCH.runs, repeat=STEPS, warm_up=0)
+        context = {"steps": STEPS, "n_parameters": sum(map(math.prod, shapes)), "n_tensors": len(shapes)}
+        BENCH.report(name, times["ours"] / times["torch"], "ratio of times", **context)
         if name == "adamw":
-            rows += [("adamw_step_ms", [a for a, _ in times], "ms"),
-                     ("adamw_step_ms_torch", [b for _, b in times], "ms")]
-        for key, values, unit in rows:
-            entry = record(f"optim/{key}", values, unit, **context)
-            print(f"{key}: {entry['value']:.3g} ± {entry['sd']:.2g} {unit}")
+            BENCH.report("adamw_step_ms", 1e3 * times["ours"], "ms", **context)
+            BENCH.report("adamw_step_ms_torch", 1e3 * times["torch"], "ms", **context)
 
 
 if __name__ == "__main__":
