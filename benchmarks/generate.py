@@ -1,45 +1,32 @@
 """Tokens per second, one prompt, greedy, beside the `generate` of transformers with the same weights.
 
-At 4 layers of width 128 and at GPT-2's shape (124M), two threads; and how fast the CPU reads the
-matrices of GPT-2's blocks in several layouts and number formats. Weights are random.
+At 4 layers of width 128 and at GPT-2's shape (124M), two threads: the plain call `generate(model, ids, n)`,
+the same through the model's modules, and a decoder in float16. Then how fast the CPU reads the matrices of
+GPT-2's blocks in several number formats, layouts and routines, and what a fused product saves. Weights are random.
 
     python benchmarks/generate.py
+    python benchmarks/generate.py --parts reading fused   (only these)
+    python benchmarks/generate.py --parts small --runs 3  (quickly)
     python benchmarks/generate.py --device cuda   (GPT-2's shape only, on a GPU)
 """
 import argparse
-import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
-import numpy as np
+import common
 import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llm_book.generate import Decoder, generate
+from llm_book.decoder import Decoder, decoder_for
+from llm_book.generate import generate
 from llm_book.gpt import GPT, GPTConfig
 from llm_book.hub import weights_from_hf
-from llm_book.lab import record
 
-PROMPT = 16
-COMMAND = "python benchmarks/generate.py"
+PROMPT, PARTS = 16, ("small", "reading", "fused", "gpt2")
 
 
-def report(name: str, values: list[float], unit: str, command: str = COMMAND, **context) -> None:
-    record(f"generate/{name}", values, unit, seeds=range(len(values)), command=command,
-           threads=torch.get_num_threads(), **context)
-    print(f"{name}: median {np.median(values):.4g}, {min(values):.4g} … {max(values):.4g} {unit}",
-          flush=True)
-
-
-def seconds(fn: Callable) -> float:
-    start = time.perf_counter()
-    fn()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def same_model(**shape) -> tuple[GPT, GPT2LMHeadModel]:
+def same_model(device: str = "cpu", **shape) -> tuple[GPT, GPT2LMHeadModel]:
     """Our GPT and theirs, with the same random weights."""
     torch.manual_seed(0)
     config = GPTConfig(**shape)
@@ -48,7 +35,18 @@ def same_model(**shape) -> tuple[GPT, GPT2LMHeadModel]:
         n_layer=config.n_layers, n_head=config.n_heads, bos_token_id=None, eos_token_id=None)).eval()
     ours = GPT(config).eval()
     weights_from_hf(ours, "gpt2", dict(theirs.state_dict()))
-    return ours, theirs
+    return ours.to(device), theirs.to(device)
+
+
+class Modules(SimpleNamespace):
+    """A model behind a wall: `generate` sees no GPT, and asks it module by module."""
+
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+def module_by_module(model: GPT) -> Modules:
+    return Modules(model=model, config=model.config, new_cache=model.new_cache, device=model.device, training=False)
 
 
 def their_generate(model: GPT2LMHeadModel, ids: torch.Tensor, n: int) -> torch.Tensor:
@@ -56,94 +54,113 @@ def their_generate(model: GPT2LMHeadModel, ids: torch.Tensor, n: int) -> torch.T
                           pad_token_id=0)
 
 
-def side_by_side(n: int, repetitions: int, runs: dict[str, Callable], command: str = COMMAND,
-                 **context) -> None:
-    """Record tokens per second of each, measured in turns, and the ratio to the last."""
-    rates = {name: [] for name in runs}
-    for _ in range(repetitions):
-        for name, fn in runs.items():
-            rates[name].append(n / seconds(fn))
-    *ours, peer = rates
-    for name in ours:
-        ratios = [a / b for a, b in zip(rates[name], rates[peer])]
-        report(f"{name}_tokens_per_second", rates[name], "tokens per second", command, **context)
-        report(f"{name}_vs_transformers", ratios, "ratio of tokens per second", command,
-               peer="in float32", **context)
+def synchronised(fn: Callable) -> Callable:
+    """`fn`, and wait until a GPU has done it."""
+    def call():
+        result = fn()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return result
+    return call
 
 
-def small() -> None:
-    shape = dict(vocab_size=256, max_len=512, n_layers=4, d_model=128, n_heads=4)
-    ours, theirs = same_model(**shape)
-    decoder, n = Decoder(ours), 400
-    ids = torch.randint(256, (1, PROMPT))
-    runs = {"small": lambda: generate(decoder, ids, n, temperature=0),
-            "small_plain": lambda: generate(ours, ids, n, temperature=0),
-            "transformers": lambda: their_generate(theirs, ids, n)}
-    first, *others = [fn() for fn in runs.values()]  # warm-up
-    assert all(torch.equal(first, other) for other in others)
-    side_by_side(n, 15, runs, tokens=n, **shape)
-
-
-def gpt2(device: str) -> None:
-    config = GPTConfig.preset("gpt2")
-    shape = {name: getattr(config, name) for name in ("vocab_size", "max_len", "n_layers", "d_model",
-                                                      "n_heads")}
-    ours, theirs = (model.to(device) for model in same_model(**shape))
-    decoder, half = Decoder(ours), Decoder(ours, torch.float16)
-    key, n = ("gpt2", 32) if device == "cpu" else ("gpu", 256)
-    command = COMMAND if device == "cpu" else f"{COMMAND} --device {device}"
-    ids = torch.randint(config.vocab_size, (1, PROMPT), device=device)
-    runs = {key: lambda: generate(decoder, ids, n, temperature=0),
-            f"{key}_half": lambda: generate(half, ids, n, temperature=0),
-            f"{key}_plain": lambda: generate(ours, ids, n, temperature=0),
-            "transformers": lambda: their_generate(theirs, ids, n)}
-    texts = {name: fn() for name, fn in runs.items()}  # warm-up
+def side_by_side(bench: common.Bench, key: str, n: int, runs: range, device: str = "cpu", **shape) -> None:
+    """Tokens per second of each way, and ratios to transformers'. In float32 all texts must be the same."""
+    ours, theirs = same_model(device, **shape)
+    ids = torch.randint(shape["vocab_size"], (1, PROMPT), device=device)
+    half, modules = Decoder(ours, torch.float16), module_by_module(ours)
+    calls = {key: lambda: generate(ours, ids, n, temperature=0),
+             f"{key}_modules": lambda: generate(modules, ids, n, temperature=0),
+             f"{key}_half": lambda: generate(half, ids, n, temperature=0),
+             "transformers": lambda: their_generate(theirs, ids, n)}
+    if key == "small":
+        del calls[f"{key}_half"]
+    texts = {name: call() for name, call in calls.items()}
     if device == "cpu":
-        assert torch.equal(texts[key], texts["transformers"])
-    same = (texts[f"{key}_half"] == texts[key])[0, PROMPT:].int().cumprod(0).sum().item()
-    report(f"{key}_half_same", [same], "tokens", command, tokens=n, about="before the first that differs")
-    side_by_side(n, 9, runs, command, tokens=n, **shape)
+        assert all(torch.equal(texts[key], texts[name]) for name in texts if not name.endswith("_half"))
+    if f"{key}_half" in texts:
+        same = (texts[f"{key}_half"] == texts[key])[0, PROMPT:].int().cumprod(0).sum().item()
+        bench.report(f"{key}_half_same", same, "tokens", tokens=n, about="before the first that differs")
+    made = common.in_turns({"make": lambda: decoder_for(ours)}, runs, repeat=5)["make"]
+    bench.report(f"{key}_make", 1e3 * made, "ms", about="a decoder of the model, as each call makes one", **shape)
+    times = common.in_turns({name: synchronised(call) for name, call in calls.items()}, runs)
+    peer = times.pop("transformers")
+    for name, seconds in times.items():
+        bench.report(f"{name}_tokens_per_second", n / seconds, "tokens per second", tokens=n, **shape)
+        bench.report(f"{name}_vs_transformers", peer / seconds, "ratio of tokens per second", tokens=n,
+                     peer="in float32", **shape)
 
 
-def reading() -> None:
+def small(bench: common.Bench, runs: range) -> None:
+    side_by_side(bench, "small", 400, runs, vocab_size=256, max_len=512, n_layers=4, d_model=128, n_heads=4)
+
+
+def gpt2(bench: common.Bench, runs: range, device: str = "cpu") -> None:
+    config = GPTConfig.preset("gpt2")
+    shape = {name: getattr(config, name) for name in ("vocab_size", "max_len", "n_layers", "d_model", "n_heads")}
+    key, n = ("gpt2", 32) if device == "cpu" else ("gpu", 256)
+    side_by_side(bench, key, n, runs, device, **shape)
+
+
+@torch.inference_mode()
+def reading(bench: common.Bench, runs: range) -> None:
     """Milliseconds to multiply one row with all matrices of GPT-2's blocks."""
     D = 768
-    shapes = [(3 * D, D), (D, D), (4 * D, D), (D, 4 * D)] * 12
-    weights = [torch.randn(shape) for shape in shapes]
+    weights = [torch.randn(shape) for shape in [(3 * D, D), (D, D), (4 * D, D), (D, 4 * D)] * 12]
     rows = {width: torch.randn(1, width) for width in (D, 4 * D)}
 
-    def product(dtype: torch.dtype, in_out: bool) -> Callable:
+    def product(dtype: torch.dtype, way: str) -> Callable:
         matrices = [w.to(dtype) for w in weights]
-        if in_out:
+        if way == "in_out":
             matrices = [w.T.contiguous().T for w in matrices]
         x = {width: row.to(dtype) for width, row in rows.items()}
+        if way == "vector":
+            return lambda: [torch.mv(w, x[w.shape[1]][0]) for w in matrices]
         return lambda: [F.linear(x[w.shape[1]], w) for w in matrices]
 
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-    ways = {f"{name}_{'in_out' if in_out else 'out_in'}":
-            (product(dtype, in_out), dtype.itemsize, f"{name}, {'(in, out)' if in_out else '(out, in)'}")
-            for dtype, name in names.items() for in_out in (False, True)}
+    labels = {"out_in": "(out, in)", "in_out": "(in, out)", "vector": "(out, in), as a vector"}
+    ways = {f"{name}_{way}": (product(dtype, way), dtype.itemsize, f"{name}, {label}")
+            for dtype, name in names.items() for way, label in labels.items()}
     ways["sum"] = (lambda: [w.sum() for w in weights], 4, "float32, sum of all")
-    times = {key: [] for key in ways}
-    with torch.inference_mode():
-        for _ in range(16):
-            for key, (fn, _, _) in ways.items():
-                times[key].append(seconds(fn))
+    times = common.in_turns({key: call for key, (call, _, _) in ways.items()}, runs)
     n_numbers = sum(w.numel() for w in weights)
     for key, (_, size, label) in ways.items():
-        measured = [1e3 * t for t in times[key][1:]]  # the first is the warm-up
-        report(f"read_{key}", measured, "ms", label=label, megabytes=size * n_numbers / 1e6)
+        bench.report(f"read_{key}", 1e3 * times[key], "ms", label=label, megabytes=size * n_numbers / 1e6)
+
+
+def three_and_one(D: int, n_layers: int) -> dict[str, Callable]:
+    """Queries, keys and values of one token by three products, or by one of stacked matrices."""
+    layers = [[torch.randn(D, D) for _ in "qkv"] for _ in range(n_layers)]
+    stacks, x, bias = [torch.cat(layer) for layer in layers], torch.randn(D), torch.randn(3 * D)
+    biases = bias.split(D)
+    return {"three": lambda: [torch.addmv(b, w, x) for layer in layers for b, w in zip(biases, layer)],
+            "one": lambda: [torch.addmv(bias, w, x).split(D) for w in stacks]}
+
+
+@torch.inference_mode()
+def fused(bench: common.Bench, runs: range) -> None:
+    """Microseconds of both for one layer; all layers in turn, lest one stay in the processor's cache."""
+    for D, n_layers in ((128, 4), (768, 12)):
+        times = common.in_turns(three_and_one(D, n_layers), runs, repeat=20)
+        for name, seconds in times.items():
+            bench.report(f"qkv_{D}_{name}", 1e6 * seconds / n_layers, "µs", d_model=D)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    device = parser.parse_args().device
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--runs", type=int, default=15)
+    args = parser.parse_args()
     torch.set_num_threads(2)
-    if device == "cpu":
-        small()
-        reading()
-    gpt2(device)
+    command = f"python benchmarks/generate.py{' --device cuda' if args.device == 'cuda' else ''}"
+    bench = common.Bench("generate", range(args.runs), command, threads=torch.get_num_threads())
+    if args.device == "cuda":
+        gpt2(bench, range(args.runs), "cuda")
+    else:
+        for part in args.parts:
+            globals()[part](bench, range(args.runs))
 
 
 if __name__ == "__main__":

@@ -39,8 +39,10 @@ def _product(layer: nn.Linear, dtype: torch.dtype | None) -> Callable[[Tensor], 
     return narrow_product
 
 # %% ../nbs/a5_decoder.ipynb #d543b01d
-def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A norm of chapter 12 as a function."""
+def _norm(norm: nn.Module | None) -> Callable[[Tensor], Tensor]:
+    """A norm of chapter 12 as a function; without one nothing happens."""
+    if norm is None:
+        return lambda x: x
     weight, eps = norm.weight, norm.eps
     if isinstance(norm, RMSNorm):
         return lambda x: F.rms_norm(x, weight.shape, weight, eps)
@@ -61,12 +63,11 @@ def _attention(part: MultiHeadAttention, dtype: torch.dtype | None) -> Callable:
     query, key, value, out = (_product(layer, dtype) for layer in (
         part.q_proj, part.k_proj, part.v_proj, part.o_proj))
     H, G, K = part.n_heads, part.n_kv_heads, part.q_proj.out_features // part.n_heads
-    norms = None if part.q_norm is None else (_norm(part.q_norm), _norm(part.k_norm))
+    q_norm, k_norm = _norm(part.q_norm), _norm(part.k_norm)
 
     def attend(x: Tensor, cache, mask: Tensor | None, position: Tensor) -> Tensor:
         q, k, v = query(x).view(-1, H, 1, K), key(x).view(-1, G, 1, K), value(x).view(-1, G, 1, K)
-        if norms is not None:
-            q, k = norms[0](q), norms[1](k)
+        q, k = q_norm(q), k_norm(k)
         if part.rope is not None:
             q, k = part.rope(q, position), part.rope(k, position)
         heads = F.scaled_dot_product_attention(q, *cache.update(k, v), mask, enable_gqa=H > G)
