@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -64,6 +65,8 @@ def test_the_wheel_is_what_gets_imported(colab, tmp_path):
     where = run(colab, "-c", "import llm_book; print(llm_book.__file__)", cwd=tmp_path,
                 env=clean_environment()).stdout
     assert where.startswith(str(COLAB)), where
+    files = {path.name for path in Path(where.strip()).parent.iterdir()}
+    assert {"py.typed", "results", "lab.py"} <= files
 
 
 @pytest.mark.parametrize("path", chapters(), ids=lambda path: path.stem)
