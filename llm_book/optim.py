@@ -119,7 +119,8 @@ class _Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """As in torch, also from torch. Raises: `ValueError` for another optimizer's state."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
-            names = self.defaults.keys() - {"decoupled_weight_decay"}  # which torch has since 2.7
+            # torch has the first since 2.7, and gives the second to what it has loaded once
+            names = self.defaults.keys() - {"decoupled_weight_decay", "differentiable"}
             require(names <= saved.keys(), "state_dict", f"of {type(self).__name__}", [*saved])
             self._check(saved, group["params"])
             for p, key in zip(group["params"], saved["params"]):

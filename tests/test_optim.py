@@ -541,3 +541,14 @@ def test_nesterov_without_momentum_is_gradient_descent():
 def test_empty_matrices_are_left_alone():
     ps = parameters([(0, 3), (3, 0), (2, 2)])
     train(Muon(ps), ps, 2)
+
+
+@pytest.mark.parametrize("kind", [SGD, RMSProp, Adam, AdamW, Muon])
+def test_a_state_is_loaded_again_and_again(kind):
+    ps = parameters([(2, 3)])
+    ours, other = kind(ps), kind(parameters([(2, 3)]))
+    for _ in range(2):
+        ps[0].grad = torch.ones(2, 3)
+        ours.step()
+        other.load_state_dict(ours.state_dict())
+        ours.load_state_dict(other.state_dict())
