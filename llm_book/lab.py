@@ -24,7 +24,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib import pyplot as plt
 from tqdm.auto import tqdm
 
@@ -44,14 +43,18 @@ def seed_everything(
     seed: int,  # any integer from 0 to 2**32 - 1
 ) -> None:
     """Seed the global generators of Python, NumPy and torch (every device)."""
+    import torch  # here and not above: a tokenizer needs this module, and no torch
+
     require(0 <= seed < 2**32, "seed", "from 0 to 2**32 - 1", seed)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 # %% ../nbs/00_lab.ipynb #986a18b5
-def best_device() -> torch.device:
+def best_device() -> "torch.device":
     """The fastest device at hand: `cuda`, else `mps`, else `cpu`."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -112,6 +115,8 @@ def _circumstances() -> dict:
         model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):  # not Linux
         model = platform.processor() or platform.machine()
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {name: importlib.metadata.version(name) for name in ("llm_book", "torch", "numpy")}
     return {

@@ -294,7 +294,8 @@ def _phases(step: int, lrs: tuple, warmup_steps: int, total_steps: int, decay_st
     require(0 <= lrs[0] <= lrs[1] < math.inf, "min_lr", f"from 0 to max_lr = {lrs[1]}", lrs[0])
     require(0 <= warmup_steps < total_steps, "warmup_steps",
             f"from 0 to total_steps - 1 = {total_steps - 1}", warmup_steps)
-    require(1 <= decay_steps <= (most := total_steps - warmup_steps), "decay_steps",
+    most = total_steps - warmup_steps
+    require(1 <= decay_steps <= most, "decay_steps",
             f"from 1 to total_steps - warmup_steps = {most}", decay_steps)
     warm = min(1.0, (step + 1) / (warmup_steps + 1))
     return warm, min(1.0, max(0.0, 1 - (total_steps - step) / decay_steps))

@@ -146,14 +146,11 @@ def test_progress_is_quiet_on_request(monkeypatch, capsys):
 
 
 def test_the_package_is_light_and_lazy():
-    code = ("import time; t = time.perf_counter(); import llm_book, sys; "
-            "t = time.perf_counter() - t; assert 'torch' not in sys.modules; "
+    code = ("import llm_book, sys; assert 'torch' not in sys.modules; "
             "assert 'tokens' in dir(llm_book); "
             "assert llm_book.tokens.ByteTokenizer().vocab_size == 256; "
-            "assert 'torch' not in sys.modules; print(t)")
-    times = [float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
-                                  text=True).stdout) for _ in range(3)]
-    assert min(times) < 0.2
+            "assert 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)
     import llm_book
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = llm_book.nothing

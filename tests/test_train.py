@@ -204,7 +204,7 @@ class Explodes(nn.Module):
 @pytest.mark.parametrize("value, slope, message", [
     (math.nan, 0.0, "the loss must be finite, not nan, at step 5"),
     (math.inf, 0.0, "the loss must be finite, not inf, at step 5"),
-    (1.0, 3e38, "finite norm, not inf, at step 5"),
+    (1.0, 3e38, "the gradients must be finite, not inf, at step 5"),
 ])
 def test_nan_stops_with_an_address(tmp_path, value, slope, message):
     c = config(schedule="linear", eval_every=100, checkpoint_every=2)
