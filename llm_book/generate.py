@@ -92,7 +92,9 @@ def penalise(
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit of each row and its token, (B, 1). Raises: `ValueError` for NaN."""
     largest, token = logits.max(-1, keepdim=True)
-    require(largest.isfinite().all(), "logits", "numbers, the largest of each row finite", largest)
+    values = largest.flatten().tolist()
+    require(all(map(math.isfinite, values)), "logits", "numbers, the largest of each row finite",
+            values)
     return largest, token
 
 
