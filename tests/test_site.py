@@ -16,6 +16,7 @@ from notebooks import chapters, colab_url, filter_notebook, settings
 PAGES = [path.stem for path in chapters()]
 FOLDED = [path.stem for path in chapters() if "#| code-fold: true" in path.read_text(encoding="utf-8")]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE = 180_000  # ms, for a machine that has much else to do; a test fails only after that
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium found; on Debian: apt-get install chromium")
 
@@ -62,7 +63,9 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        # The sandbox needs another user than root and a system that allows it; the pages are our own.
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, chromium_sandbox=False,
+                                              timeout=PATIENCE)
         yield chromium
         chromium.close()
 
@@ -74,6 +77,8 @@ def visit(browser, address):
 
     def open_page(name, width=1400, scheme="light"):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        opened.append(context)
+        context.set_default_timeout(PATIENCE)
         page = context.new_page()
         page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -83,8 +88,9 @@ def visit(browser, address):
                 or complaints.append(f"{response.status} {response.url}"))
         page.goto(f"{address}/{name}", wait_until="load")  # a slow machine is idle before that
         page.wait_for_load_state("networkidle")
+        page.wait_for_function("""() => document.fonts.status === "loaded" && (!window.MathJax ||
+            document.querySelectorAll(".math:not(:has(mjx-container))").length === 0)""")
         page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        opened.append(context)
         return page
 
     yield open_page
@@ -98,8 +104,6 @@ def visit(browser, address):
 def test_page(visit, name):
     page = visit(f"{name}.html")
     assert page.locator("article h1").count() == 1
-    page.wait_for_function("window.MathJax === undefined || document.querySelectorAll("
-                           "'.math').length === document.querySelectorAll('.math mjx-container').length")
     assert page.locator(".math").count() == page.locator(".math mjx-container").count()
     assert page.locator("mjx-merror").count() == 0
     for image in page.locator("article img").all():
@@ -145,7 +149,7 @@ def test_nothing_overflows_on_a_phone(visit, name):
                                              ("红书", "02_tokens"), ("花园", "01_text")])
 def test_search(visit, word, page_name):
     page = visit(f"search.html?q={word}")
-    page.wait_for_selector("#search-results li a")
+    page.wait_for_function("document.querySelector('#search-results').innerText.includes('Search finished')")
     found = [link.get_attribute("href") for link in page.locator("#search-results li a").all()]
     assert any(f"{page_name}.html" in link for link in found), found
 
@@ -161,14 +165,14 @@ def test_search_finds_nothing_where_there_is_nothing(visit):
 def test_next_and_previous_walk_the_whole_book(visit):
     page, walked = visit("index.html"), ["index"]
     while (link := page.locator("a.right-next")).count():
+        target = link.evaluate("link => link.href")
         link.click()
-        page.wait_for_load_state("networkidle")
+        page.wait_for_url(target)
         walked.append(page.url.rsplit("/", 1)[1].removesuffix(".html"))
     assert walked == PAGES
     for expected in reversed(PAGES[:-1]):
         page.locator("a.left-prev").click()
-        page.wait_for_load_state("networkidle")
-        assert page.url.endswith(f"{expected}.html")
+        page.wait_for_url(f"**/{expected}.html")
 
 
 @needs_browser
@@ -179,6 +183,18 @@ def test_table_of_contents_lists_the_whole_book(visit):
     assert [target if target != "#" else "index" for target in targets] == PAGES
 
 
+def open_menu(page, button):
+    """Open a menu of the header by its button, and wait until all of it is there."""
+    button, tooltip = page.locator(f"{button}:visible"), page.locator(".tooltip.show")
+    menu = button.locator("xpath=following-sibling::ul")
+    button.hover()
+    assert not menu.is_visible()
+    button.click()
+    menu.wait_for(state="visible")
+    assert all(tip.evaluate("tip => getComputedStyle(tip).pointerEvents") == "none" for tip in tooltip.all())
+    return menu
+
+
 @needs_browser
 def test_dark_mode_toggles_and_turns_figures_dark(visit):
     page = visit("04_loss.html", scheme="light")
@@ -186,11 +202,56 @@ def test_dark_mode_toggles_and_turns_figures_dark(visit):
     figure = "getComputedStyle(document.querySelector('.cell_output img')).filter"
     light = page.evaluate(background)
     assert page.evaluate(figure) == "none"
-    page.locator("button.theme-switch-button:visible").first.click()
-    page.locator("button.theme-change-button[data-mode=dark]:visible").first.click()
-    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
-    assert page.evaluate(background) != light
-    assert "invert" in page.evaluate(figure)
+    open_menu(page, "button.theme-switch-button").locator("button[data-mode=dark]").click()
+    page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+    page.wait_for_function(f"light => {background} !== light", arg=light)
+    page.wait_for_function(f"{figure}.includes('invert')")
+
+
+WIDTHS = [390, 800, 1400]  # a phone, a tablet, a desktop
+
+
+@needs_browser
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("button", ["button.theme-switch-button", ".dropdown-launch-buttons > button"])
+def test_menus_of_the_header_open_and_escape_closes_them(visit, button, width):
+    page = visit("04_loss.html", width)
+    menu = open_menu(page, button)
+    for entry in menu.locator("li > *").all():
+        entry.click(trial=True)  # nothing lies over it
+    page.keyboard.press("Escape")
+    menu.wait_for(state="hidden")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", WIDTHS[:2])
+@pytest.mark.parametrize("menu, entry", [("primary", "02_tokens.html"), ("secondary", "#temperature")])
+def test_contents_open_over_a_narrow_page_and_lead_where_they_say(visit, menu, entry, width):
+    page = visit("04_loss.html", width)
+    button, dialog = page.locator(f".{menu}-toggle:visible"), page.locator(f"#pst-{menu}-sidebar-modal")
+    link = dialog.locator(f"a[href='{entry}']")
+    assert not dialog.is_visible()
+    for _ in range(2):  # closed, it can be opened again
+        button.click()
+        dialog.wait_for(state="visible")
+        link.click(trial=True)
+        page.keyboard.press("Escape")
+        dialog.wait_for(state="hidden")
+    button.click()
+    link.click()
+    page.wait_for_url(f"**/*{entry}")
+    dialog.wait_for(state="hidden")
+
+
+@needs_browser
+def test_contents_beside_a_wide_page_can_be_put_away(visit):
+    page = visit("04_loss.html", WIDTHS[2])
+    assert page.locator("#pst-secondary-sidebar").is_visible()  # so it needs no button
+    assert not page.locator(".secondary-toggle").last.is_visible()
+    contents, button = page.locator("#pst-primary-sidebar"), page.locator(".primary-toggle:visible")
+    for state in ("hidden", "visible"):
+        button.click()
+        contents.wait_for(state=state)
 
 
 @needs_browser
@@ -201,7 +262,7 @@ def test_answers_are_folded(visit):
     assert len(answers) == sum("<details>" in cell.source for cell in source.cells) >= 3
     assert not any(answer.get_attribute("open") for answer in answers)
     answers[0].locator("summary").click()
-    assert answers[0].locator("pre").is_visible()
+    answers[0].locator("pre").wait_for(state="visible")
 
 
 @needs_browser
