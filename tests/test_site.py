@@ -8,13 +8,15 @@ import threading
 
 import nbformat
 import pytest
+import yaml
 from conftest import ROOT
 from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from notebooks import chapters, colab_url, filter_notebook, settings
+from notebooks import chapters, colab_url, filter_notebook, options, settings
 
 PAGES = [path.stem for path in chapters()]
-FOLDED = [path.stem for path in chapters() if "#| code-fold: true" in path.read_text(encoding="utf-8")]
+FOLDED = [path.stem for path in chapters()
+          if any(line in path.read_text(encoding="utf-8") for line in ("#| fold", "#| code-fold: true"))]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PATIENCE = 180_000  # ms, for a machine that has much else to do; a test fails only after that
 needs_browser = pytest.mark.skipif(
@@ -303,7 +305,7 @@ def test_a_cells_options_reach_sphinx_and_no_reader():
     out = [new_output("stream", text="out")]
     sources = ["#| export\nplumbing = 1", "#| exports\nshown = 1",
                "#| exports\n#| code-fold: true\nfolded = 1", "#| eval: false\nstub = 1",
-               "#| code-fold: true\n#| fig-alt: a line\nplot()", "#| echo: false\nprint()",
+               "#| fold\n#| fig-alt: a line: up, #1\nplot()", "#| echo: false\nprint()",
                "#| hide\nsecret = 1"]
     page = for_sphinx(filter_notebook(new_notebook(cells=[
         new_code_cell(source, outputs=out) for source in sources])))
@@ -311,4 +313,39 @@ def test_a_cells_options_reach_sphinx_and_no_reader():
         ("shown = 1", None), ("folded = 1", ["hide-input"]), ("stub = 1", None),
         ("plot()", ["hide-input"]), ("print()", ["remove-input"])]
     assert all(cell.outputs[0].text == "out" for cell in page.cells)
-    assert page.cells[3].metadata["mystnb"] == {"image": {"alt": "a line"}}
+    assert page.cells[3].metadata["mystnb"] == {"image": {"alt": "a line: up, #1"}}
+
+
+def test_our_directive_for_folded_code_stays_out_of_the_modules():
+    """A page folds a cell with `#| fold`, and of such a cell nbdev exports the code alone."""
+    from execnb.nbio import dict2nb
+    from nbdev.process import NBProcessor
+
+    page = new_notebook(cells=[new_code_cell(source) for source in (
+        "#| exports\n#| fold\nx = 1", "#| fold\n#| exports\nx = 1")])
+    assert [cell.source for cell in filter_notebook(page).cells] == ["#| code-fold: true\nx = 1"] * 2
+    assert [cell.source for cell in NBProcessor(nb=dict2nb(dict(page))).nb.cells] == ["x = 1"] * 2
+
+
+@pytest.mark.parametrize("text, yaml_of_it", [
+    ("a line", "a line"), ("true", "true"), ("12", "12"), ("[a, b]", "[a, b]"), ('"a: b"', '"a: b"'),
+    ("'a: b'", "'a: b'"), ("a: b", '"a: b"'), ("a #b", '"a #b"'), ('"a" and "b"', r'"\"a\" and \"b\""'),
+    ("`x` is a slope", '"`x` is a slope"'), ("@ and 安", '"@ and 安"'), ("[0, 1) on", '"[0, 1) on"'),
+    ("*a*", '"*a*"'), ("%a", '"%a"'), ("| b", '"| b"'), ("a\\b", "a\\b"), ("a: \\b", r'"a: \\b"'),
+])
+def test_options_that_yaml_would_misread_are_quoted(text, yaml_of_it):
+    page = filter_notebook(new_notebook(cells=[new_code_cell(f"#| fig-alt: {text}\nplot()")]))
+    assert options(page.cells[0].source)[0]["fig-alt"] == yaml_of_it
+    read = yaml.safe_load(f"fig-alt: {yaml_of_it}")["fig-alt"]
+    assert str(read) == text or yaml_of_it == text
+
+
+@pytest.mark.parametrize("path", chapters(), ids=lambda path: path.stem)
+def test_quarto_can_read_the_options_of_every_cell(path):
+    for cell in filter_notebook(nbformat.read(path, as_version=4)).cells:
+        lines = [line for line in cell.source.splitlines() if line.startswith("#|")]
+        if cell.cell_type == "code" and lines:
+            assert cell.source.startswith("\n".join(lines)), "options stand first"
+            found = yaml.safe_load("\n".join(line.removeprefix("#| ") for line in lines))
+            assert isinstance(found, dict) and len(found) == len(lines)
+            assert isinstance(found.get("fig-alt", ""), str)
