@@ -1,7 +1,9 @@
 """The rendered book, looked at with a real browser."""
-import functools
-import http.server
+import http.client
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from conftest import ROOT
 from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from notebooks import chapters, colab_url, filter_notebook, options, settings
+from serve import server
 
 PAGES = [path.stem for path in chapters()]
 FOLDED = [path.stem for path in chapters()
@@ -49,15 +52,10 @@ def test_builds_without_warnings_and_again_without_work(site):
 
 @pytest.fixture(scope="session")
 def address(site):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Quiet, directory=str(site))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with server(site, 0) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -349,3 +347,34 @@ def test_quarto_can_read_the_options_of_every_cell(path):
             found = yaml.safe_load("\n".join(line.removeprefix("#| ") for line in lines))
             assert isinstance(found, dict) and len(found) == len(lines)
             assert isinstance(found.get("fig-alt", ""), str)
+
+
+def test_the_book_is_served_at_the_next_free_port(tmp_path):
+    (tmp_path / "index.html").write_text("the book")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with server(tmp_path, port) as serving:
+            assert port < serving.server_port <= port + 100
+            threading.Thread(target=serving.serve_forever, daemon=True).start()
+            connection = http.client.HTTPConnection("127.0.0.1", serving.server_port, timeout=60)
+            connection.request("GET", "/")
+            assert connection.getresponse().read() == b"the book"
+            connection.close()
+            serving.shutdown()
+        with pytest.raises(SystemExit, match="make book PORT="):
+            server(tmp_path, port, n_tries=1)
+
+
+def test_the_last_line_of_make_book_is_the_address(site):
+    run = subprocess.Popen([sys.executable, "site/serve.py", "8000"], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    line = run.stdout.readline()
+    port = int(re.fullmatch(r"The book is at http://127\.0\.0\.1:(\d+)/ .*\n", line)[1])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/index.html")
+    assert connection.getresponse().status == 200
+    connection.close()
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=60) == ("\n", "") and run.returncode == 0
