@@ -307,6 +307,7 @@ def test_a_mask_with_padding_and_a_cache():
         torch.testing.assert_close(torch.cat(done, 1), whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_vmap_export_and_compile():
     """Nothing in a forward pass looks at numbers in order to decide what to do."""
     assert without_type_checker('''
