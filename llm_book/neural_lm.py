@@ -37,7 +37,7 @@ class BigramLM(nn.Module):
         ids: Int64[Tensor, "B T"],
         targets: Int64[Tensor, "B T"] | None = None,  # -100 does not count
     ) -> tuple[Float[Tensor, "B T V"], Float[Tensor, ""] | None]:
-        """Logits for the token after each position, and the mean loss in nats if there are targets."""
+        """Logits for the token after each position, and with targets the mean loss in nats."""
         return _with_loss(self.table(_checked(ids, self.vocab_size)), targets)
 
 
@@ -91,7 +91,7 @@ class MLPLM(nn.Module):
         ids: Int64[Tensor, "B T"],
         targets: Int64[Tensor, "B T"] | None = None,  # -100 does not count
     ) -> tuple[Float[Tensor, "B T V"], Float[Tensor, ""] | None]:
-        """Logits for the token after each position, and the mean loss in nats if there are targets."""
+        """Logits for the token after each position, and with targets the mean loss in nats."""
         ids = _checked(ids, self.vocab_size)
         nothing = ids.new_full((len(ids), self.context - 1), self.vocab_size)
         windows = torch.cat([nothing, ids], dim=1).unfold(1, self.context, 1)  # B T n
