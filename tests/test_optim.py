@@ -338,6 +338,7 @@ def steps_with_a_bad_part(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_processes_that_share_a_bad_gradient_refuse_it(tmp_path):
     torch.multiprocessing.spawn(steps_with_a_bad_part, (tmp_path,), nprocs=2)
     for rank in "01":
