@@ -171,7 +171,7 @@ class TrainConfig:
     schedule: str = "cosine"  # or "linear", "constant", "wsd" (down in the last fifth)
     optimizer: str = "adamw"  # or "muon" for the matrices in the blocks; AdamW has the rest
     muon_lr: float = 0.02  # Muon's largest; it follows the same schedule
-    weight_decay: float = 0.1  # of matrices; vectors have none
+    weight_decay: float = 0.1  # of matrices; vectors, such as the gains of norms, have none
     betas: Sequence[float] = (0.9, 0.95)  # of AdamW; two
     max_norm: float = 1.0  # longer gradients are shortened; inf leaves them
     accumulation_steps: int = 1  # forward passes for one update
