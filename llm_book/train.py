@@ -117,8 +117,8 @@ class Drift:
         mean = sum(self.recent) / len(self.recent)
         if len(self.recent) == self.recent.maxlen:
             self.lowest = min(self.lowest, mean)
-        if not math.isfinite(entry.get("val_loss", 0.0)):
-            raise TrainingDiverged("the validation loss is {val_loss}, at step {step}".format(**entry))
+        if not math.isfinite(found := entry.get("val_loss", 0.0)):
+            raise TrainingDiverged(f"the validation loss is {found}, at step {entry['step']}")
         if mean > self.lowest + 2:
             raise TrainingDiverged(f"the mean of the last 20 losses is {mean:.3g}, and was "
                                    f"{self.lowest:.3g} at best, at step {entry['step']}")
