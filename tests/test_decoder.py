@@ -7,8 +7,9 @@ from small_models import SHAPES, Itself, generator, gpt, prompt
 from torch import nn
 from torch.nn.utils import parametrize
 
+from llm_book.block import FeedForward
 from llm_book.decoder import Decoder, decoder_for
-from llm_book.generate import generate
+from llm_book.generate import generate, stream
 from llm_book.gpt import GPT
 
 GREEDY = dict(temperature=0)
@@ -164,14 +165,61 @@ def with_activation(model):
     return model
 
 
+def with_norms_after(model):
+    model.blocks[1].pre_norm = False
+    return model
+
+
+def with_embed(model):
+    model.embed = lambda *args: -GPT.embed(model, *args)
+    return model
+
+
 @pytest.mark.parametrize("change", [with_adapter, with_hook, with_pre_hook, with_forward, with_parametrization,
-                                    other_class, with_activation], ids=lambda change: change.__name__)
+                                    other_class, with_activation, with_norms_after, with_embed],
+                         ids=lambda change: change.__name__)
 def test_a_changed_model_is_asked_itself(change):
     model, ids = change(copy.deepcopy(gpt())), prompt(3, 1, 4)
     assert decoder_for(model) is model
     found = generate(model, ids, 30, **GREEDY)
     assert torch.equal(found, generate(Itself(model), ids, 30, **GREEDY))
     assert not torch.equal(found, generate(gpt(), ids, 30, **GREEDY))
+
+
+def test_a_forward_pass_that_is_replaced_for_a_whole_class_is_asked(monkeypatch):
+    model, ids = gpt(), prompt(3, 1, 4)
+    before, forward = generate(model, ids, 30, **GREEDY), FeedForward.forward
+    monkeypatch.setattr(FeedForward, "forward", lambda self, x: -forward(self, x))
+    assert decoder_for(model) is model
+    assert not torch.equal(generate(model, ids, 30, **GREEDY), before)
+    monkeypatch.undo()
+    assert type(decoder_for(model)) is Decoder and torch.equal(generate(model, ids, 30, **GREEDY), before)
+
+
+def test_a_hook_on_all_modules_is_asked():
+    model, ids = gpt(), prompt(3, 1, 4)
+    before = generate(model, ids, 30, **GREEDY)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, x, y: -y if isinstance(module, FeedForward) else None)
+    try:
+        assert decoder_for(model) is model
+        assert not torch.equal(generate(model, ids, 30, **GREEDY), before)
+    finally:
+        hook.remove()
+    assert type(decoder_for(model)) is Decoder
+
+
+@pytest.mark.parametrize("n_rows", [1, 2])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_under_autocast_it_says_what_the_model_says(kind, n_rows):
+    model, ids = gpt(kind), torch.randint(23, (n_rows, 4), generator=generator())
+    tokens = stream(model, ids, 30, **GREEDY)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        right = generate(Itself(model), ids, 30, **GREEDY)
+        assert torch.equal(generate(model, ids, 30, **GREEDY), right)
+        found = [next(tokens)]
+    found += list(tokens)  # what was begun inside goes on outside
+    assert len(found) == 30 and torch.equal(found[0], right[:, 4])
 
 
 def test_a_decoder_is_made_for_every_plain_gpt_and_for_nothing_else():

@@ -143,6 +143,23 @@ def test_initialisation():
             assert abs(parameter.std().item() / expected - 1) < 0.05, name
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_start_at_zero_adds_nothing(name):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SHAPES[name], "vocab_size": 1000, "init": "zero"}))
+    x = torch.randn(2, 5, 24)
+    for block in model.blocks:
+        torch.testing.assert_close(block(x, causal=True), x, rtol=0, atol=0)
+        assert abs(block.attention.q_proj.weight.std().item() * math.sqrt(24) / 0.6 - 1) < 0.2
+    logits, loss = model(ids(V=1000), ids(1, V=1000))
+    if model.config.tied:
+        assert abs(model.embedding.weight.std().item() / 0.02 - 1) < 0.05  # no head of its own
+    else:
+        assert not logits.any() and math.isclose(loss.item(), math.log(1000), rel_tol=1e-6)
+    loss.backward()
+    assert model.blocks[0].attention.o_proj.weight.grad is not None
+
+
 def test_dropout_works_in_training_only():
     model = GPT(GPTConfig(**GPT2, dropout=0.5))
     with torch.no_grad():

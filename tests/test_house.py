@@ -24,7 +24,7 @@ TITLES = {  # the word of the field that a reader looks for in the contents
     "09": "neural language model", "10": "attention", "11": "positional encoding",
     "12": "transformer block", "13": "encoder", "14": "gpt", "15": "training", "16": "gpu",
     "17": "distributed", "18": "scaling law", "19": "sampling", "20": "beam search",
-    "a1": "checkpoint", "a2": "hub", "a5": "decod", "a8": "grammar", "a9": "run folder"}
+    "a1": "checkpoint", "a2": "hub", "a3": "gguf", "a4": "tokenizer", "a5": "decod", "a8": "grammar", "a9": "run folder"}
 STANDARD_OR_DECLARED = {"torch", "numpy", "einops", "matplotlib", "matplotlib_inline", "ipywidgets",
                         "jaxtyping", "safetensors", "regex", "tqdm"} | sys.stdlib_module_names
 
