@@ -85,10 +85,7 @@ def make_optimizers(model: nn.Module, config: "TrainConfig") -> list[torch.optim
     groups = [{"params": params, "weight_decay": decay, "max_lr": config.max_lr}
               for params, decay in (([p for p in rest if p.ndim > 1], config.weight_decay),
                                     ([p for p in rest if p.ndim < 2], 0.0)) if params]
-    if all(p.is_cuda for p in rest):  # torch's has the same state, and one kernel for a step
-        optimizers = [torch.optim.AdamW(groups, betas=config.betas, fused=True)]
-    else:
-        optimizers = [AdamW(groups, betas=config.betas)]
+    optimizers = [AdamW(groups, betas=config.betas)]
     if for_muon:
         optimizers.append(Muon([{"params": [p for name, p in named if name in for_muon],
                                  "weight_decay": config.weight_decay, "max_lr": config.muon_lr}]))

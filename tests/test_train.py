@@ -382,7 +382,7 @@ print("same")
 
 @pytest.mark.parametrize("there, back", [("ours", "torch"), ("torch", "ours"), ("torch", "torch")])
 def test_a_run_moves_between_our_adamw_and_torchs(tmp_path, there, back):
-    """The one is for a CPU, the other for a GPU; a checkpoint of either continues with either."""
+    """A checkpoint of either continues with either."""
     c, whole = config(), gpt()
     history = train(whole, TOKENS, TOKENS, c, progress=False)
 
@@ -403,13 +403,3 @@ def test_a_run_moves_between_our_adamw_and_torchs(tmp_path, there, back):
     assert [entry["loss"] for entry in second.history] == pytest.approx(
         [entry["loss"] for entry in history[3:]], rel=1e-4)
     assert type(second.optimizers[0]) is (AdamW if back == "ours" else torch.optim.AdamW)
-
-
-def test_a_gpu_has_torchs_fused_adamw_and_pinned_batches(monkeypatch):
-    """Said on a CPU; `benchmarks/on_gpu.py` trains and resumes on a real GPU."""
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    (one,) = make_optimizers(gpt(), config())
-    assert type(one) is torch.optim.AdamW and one.param_groups[0]["fused"]
-    assert [group["max_lr"] for group in one.param_groups] == [0.01, 0.01]
-    both = make_optimizers(gpt(), config(optimizer="muon"))
-    assert [type(one) for one in both] == [torch.optim.AdamW, Muon]
