@@ -370,11 +370,14 @@ def test_the_book_is_served_at_the_next_free_port(tmp_path):
 def test_the_last_line_of_make_book_is_the_address(site):
     run = subprocess.Popen([sys.executable, "site/serve.py", "8000"], cwd=ROOT, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    line = run.stdout.readline()
-    port = int(re.fullmatch(r"The book is at http://127\.0\.0\.1:(\d+)/ .*\n", line)[1])
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("GET", "/index.html")
-    assert connection.getresponse().status == 200
-    connection.close()
-    run.send_signal(signal.SIGINT)
-    assert run.communicate(timeout=60) == ("\n", "") and run.returncode == 0
+    try:
+        line = run.stdout.readline()
+        port = int(re.fullmatch(r"The book is at http://127\.0\.0\.1:(\d+)/ .*\n", line)[1])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/index.html")
+        assert connection.getresponse().status == 200
+        connection.close()
+        run.send_signal(signal.SIGINT)
+        assert run.communicate(timeout=60) == ("\n", "") and run.returncode == 0
+    finally:
+        run.kill()
