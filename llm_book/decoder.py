@@ -100,7 +100,9 @@ class Decoder:
     @torch.no_grad()
     def __call__(self, ids: Tensor, *, cache: list | None = None, n_padding: Tensor | None = None):
         """Logits, (B, T, V), and None, as the model gives them."""
-        if ids.shape[1] > 1 or not cache or torch.is_autocast_enabled(ids.device.type):
+        kind = ids.device.type  # autocast chooses its dtypes module by module
+        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if ids.shape[1] > 1 or not cache or cast:
             return self.model(ids, cache=cache, n_padding=n_padding)
         start, one_row = cache[0].length, len(ids) == 1
         position = self.positions[start:start + 1]
