@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_book.data import document_mask
-from llm_book.gpt import GPT, PRESETS, GPTConfig, padding_mask, require_evaluation
+from llm_book.gpt import GPT, PRESETS, GPTConfig, load_model, padding_mask, require_evaluation
 
 
 @pytest.fixture(params=SHAPES, ids=lambda name: name)
@@ -378,3 +378,8 @@ def test_attention_is_not_shown_with_dropout():
     with pytest.raises(ValueError, match="evaluation mode"):
         model.attention_weights(torch.zeros(1, 4, dtype=torch.long))
     assert model.eval().attention_weights(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 1, 2, 4, 4)
+
+
+def test_a_model_of_the_book_that_is_not_there():
+    with pytest.raises(ValueError, match="name must be one of .*, not 'tolstoy'"):
+        load_model("tolstoy")
