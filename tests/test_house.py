@@ -16,7 +16,7 @@ from notebooks import INSTALL_CELL, chapters, filter_notebook, parts, settings
 BIN = Path(sys.executable).parent
 NOTEBOOKS = chapters()
 NUMBERED = [path for path in NOTEBOOKS if path.stem[0].isdigit()]
-ENGINE_ROOM = [path for path in NOTEBOOKS if re.match(r"a\d_", path.stem)]
+ENGINE_ROOM = [path for path in NOTEBOOKS if re.match(r"a[\da-z]_", path.stem)]
 PAGES = NUMBERED + ENGINE_ROOM
 TITLES = {  # the word of the field that a reader looks for in the contents
     "00": "lab", "01": "corpus", "02": "byte-pair encoding", "03": "n-gram", "04": "cross-entropy",
@@ -24,7 +24,8 @@ TITLES = {  # the word of the field that a reader looks for in the contents
     "09": "neural language model", "10": "attention", "11": "positional encoding",
     "12": "transformer block", "13": "encoder", "14": "gpt", "15": "training", "16": "gpu",
     "17": "distributed", "18": "scaling law", "19": "sampling", "20": "beam search",
-    "a1": "checkpoint", "a2": "hub", "a3": "gguf", "a4": "tokenizer", "a5": "decod", "a8": "grammar", "a9": "run folder"}
+    "a1": "checkpoint", "a2": "hub", "a3": "gguf", "a4": "tokenizer", "a5": "decod", "a8": "grammar", "a9": "run folder", "aa": "chat",
+    "ab": "gguf"}
 STANDARD_OR_DECLARED = {"torch", "numpy", "einops", "matplotlib", "matplotlib_inline", "ipywidgets",
                         "jaxtyping", "safetensors", "regex", "tqdm"} | sys.stdlib_module_names
 

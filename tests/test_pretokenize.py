@@ -242,14 +242,14 @@ REFUSED = {
     "MergedWithNext": (dict(pre_tokenizer=BAD_SPLIT), "behavior of Split must be .* not 'MergedWithNext'"),
     "escape": (dict(pre_tokenizer=BAD_SPLIT | {"behavior": "Isolated", "pattern": {"Regex": r"\w+"}}), "pattern must be one that means the same"),
     "intersection": (dict(pre_tokenizer=BAD_SPLIT | {"behavior": "Isolated", "pattern": {"Regex": r"[\p{L}&&[a-z]]"}}), "pattern must be one that"),
-    "no pattern": (dict(pre_tokenizer=BAD_SPLIT | {"behavior": "Isolated", "pattern": {"Regex": "("}}), "is no tokenizer.json"),
+    "no pattern": (dict(pre_tokenizer=BAD_SPLIT | {"behavior": "Isolated", "pattern": {"Regex": "("}}), "has no tokenizer"),
     "WordPiece decoder": (dict(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), "decoder must be Metaspace.* 'WordPiece'"),
     "no decoder": (dict(decoder=None), "decoder must be Metaspace.* not None"),
     "truncation": (dict(truncation={"max_length": 5}), "truncation and padding must be null"),
-    "single_word": (dict(added_tokens=token(single_word=True)), "single_word of x must be false"),
-    "empty token": (dict(added_tokens=token(content="")), "content of an added token must be a text"),
-    "strange token": (dict(added_tokens=token(odd=1)), "is no tokenizer.json that we can read"),
-    "no model": (dict(model=None), "is no tokenizer.json that we can read"),
+    "single_word": (dict(added_tokens=token(single_word=True)), "an added token must be .* single_word=True"),
+    "empty token": (dict(added_tokens=token(content="")), "an added token must be a text"),
+    "strange token": (dict(added_tokens=token(odd=1)), "has no tokenizer that we can read"),
+    "no model": (dict(model=None), "has no tokenizer that we can read"),
 }
 
 
@@ -264,7 +264,7 @@ def test_what_we_have_no_code_for_is_refused_by_its_name(name, tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", "{}", '{"model": 3}', '{"model": {"type": "BPE"}}', '{"model": {"vocab": {}, "merges": []}}'])
 def test_what_is_no_tokenizer(content, tmp_path):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match="is no tokenizer.json that we can read"):
+    with pytest.raises(ValueError, match="has no tokenizer that we can read"):
         PipelineTokenizer.load(tmp_path / "tokenizer.json")
 
 
