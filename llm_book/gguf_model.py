@@ -30,7 +30,6 @@ def unpaired_rows(weight: Tensor, n_heads: int) -> Tensor:
     return rearrange(weight, "(H half two) D -> (H two half) D", H=n_heads, two=2)
 
 # %% ../nbs/ab_gguf_model.ipynb #bbba732e
-#| code-fold: true
 _LLAMA_OPTIONS = dict(
     hidden_size="embedding_length", num_hidden_layers="block_count", vocab_size="vocab_size",
     max_position_embeddings="context_length", intermediate_size="feed_forward_length",
