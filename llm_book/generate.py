@@ -244,7 +244,7 @@ def pad_left(
     require(len(prompts) and all(map(len, prompts)), "prompts", "lists of at least one token",
             prompts)
     T = max(map(len, prompts))
-    rows = [[0] * (T - len(prompt)) + list(map(int, prompt)) for prompt in prompts]
+    rows = [[0] * (T - len(prompt)) + list(map(index, prompt)) for prompt in prompts]
     return torch.tensor(rows), torch.tensor([T - len(prompt) for prompt in prompts])
 
 # %% ../nbs/19_generate.ipynb #44c45ee1

@@ -60,7 +60,7 @@ def _rounds(reader: _Reader, ids: Tensor, stop: Tensor, n_beams: int, n_new: int
         logits = reader(ids)[:, -1]
         scores, rows, tokens = _extend(scores, logits, (1 + len(stop)) * n_beams)
         ids = torch.cat([ids[rows], tokens[:, None]], dim=1)
-        ends = torch.isin(tokens, stop) | (n + 1 == n_new)
+        ends = torch.isin(tokens, stop) | bool(n + 1 == n_new)
         live = (~ends).nonzero()[:n_beams, 0]
         best = scores[live[0]].item() if len(live) else -math.inf
         yield [(ids[i], scores[i].item()) for i in ends[:n_beams].nonzero()[:, 0]], best
@@ -150,9 +150,9 @@ def speculative_generate(
     **settings,  # fields of `Sampling`, for both models
 ) -> Int[Tensor, "B N"]:
     """As `generate`: other random numbers, the same distribution. Raises: as `generate`."""
-    V, end = model.config.vocab_size, ids.shape[1] + max_new_tokens
     check_request(model, ids, max_new_tokens)
     check_request(draft, ids, max_new_tokens)
+    V, end = model.config.vocab_size, ids.shape[1] + max_new_tokens
     require(len(ids) == 1, "ids", "one row", tuple(ids.shape))
     require(draft.config.vocab_size == V, "draft", f"of {V} tokens", draft.config.vocab_size)
     stop = torch.tensor(stop_tokens(eos_id, V), device=ids.device)

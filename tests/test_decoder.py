@@ -3,12 +3,16 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from small_models import SHAPES, Itself, generator, gpt, prompt
 from torch import nn
 from torch.nn.utils import parametrize
 
-from llm_book.decoder import Decoder, decoder_for
-from llm_book.generate import generate
+from llm_book.block import FeedForward
+from llm_book.decoder import Decoder, decoder_for, load_int8, quantise, save_int8
+from llm_book.generate import generate, stream
 from llm_book.gpt import GPT
 
 GREEDY = dict(temperature=0)
@@ -164,14 +168,61 @@ def with_activation(model):
     return model
 
 
+def with_norms_after(model):
+    model.blocks[1].pre_norm = False
+    return model
+
+
+def with_embed(model):
+    model.embed = lambda *args: -GPT.embed(model, *args)
+    return model
+
+
 @pytest.mark.parametrize("change", [with_adapter, with_hook, with_pre_hook, with_forward, with_parametrization,
-                                    other_class, with_activation], ids=lambda change: change.__name__)
+                                    other_class, with_activation, with_norms_after, with_embed],
+                         ids=lambda change: change.__name__)
 def test_a_changed_model_is_asked_itself(change):
     model, ids = change(copy.deepcopy(gpt())), prompt(3, 1, 4)
     assert decoder_for(model) is model
     found = generate(model, ids, 30, **GREEDY)
     assert torch.equal(found, generate(Itself(model), ids, 30, **GREEDY))
     assert not torch.equal(found, generate(gpt(), ids, 30, **GREEDY))
+
+
+def test_a_forward_pass_that_is_replaced_for_a_whole_class_is_asked(monkeypatch):
+    model, ids = gpt(), prompt(3, 1, 4)
+    before, forward = generate(model, ids, 30, **GREEDY), FeedForward.forward
+    monkeypatch.setattr(FeedForward, "forward", lambda self, x: -forward(self, x))
+    assert decoder_for(model) is model
+    assert not torch.equal(generate(model, ids, 30, **GREEDY), before)
+    monkeypatch.undo()
+    assert type(decoder_for(model)) is Decoder and torch.equal(generate(model, ids, 30, **GREEDY), before)
+
+
+def test_a_hook_on_all_modules_is_asked():
+    model, ids = gpt(), prompt(3, 1, 4)
+    before = generate(model, ids, 30, **GREEDY)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, x, y: -y if isinstance(module, FeedForward) else None)
+    try:
+        assert decoder_for(model) is model
+        assert not torch.equal(generate(model, ids, 30, **GREEDY), before)
+    finally:
+        hook.remove()
+    assert type(decoder_for(model)) is Decoder
+
+
+@pytest.mark.parametrize("n_rows", [1, 2])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_under_autocast_it_says_what_the_model_says(kind, n_rows):
+    model, ids = gpt(kind), torch.randint(23, (n_rows, 4), generator=generator())
+    tokens = stream(model, ids, 30, **GREEDY)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        right = generate(Itself(model), ids, 30, **GREEDY)
+        assert torch.equal(generate(model, ids, 30, **GREEDY), right)
+        found = [next(tokens)]
+    found += list(tokens)  # what was begun inside goes on outside
+    assert len(found) == 30 and torch.equal(found[0], right[:, 4])
 
 
 def test_a_decoder_is_made_for_every_plain_gpt_and_for_nothing_else():
@@ -212,3 +263,39 @@ def test_decoding_outside_of_no_grad_leaves_no_graph():
     for _ in range(3):
         assert not decoder(prompt(1), cache=cache)[0].requires_grad
     assert not decoder(prompt(1, 2))[0].requires_grad
+
+
+@given(st.integers(0, 999), st.integers(1, 6), st.integers(1, 9))
+def test_eight_bits_are_off_by_half_a_scale(seed, rows, columns):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    weight[0] = 0  # a row without any size
+    numbers, scale = quantise(weight)
+    assert numbers.dtype == torch.int8 and numbers.abs().max() <= 127
+    assert ((numbers * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
+    assert not numbers[0].any()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_model_in_eight_bits(name, tmp_path):
+    model = gpt(name, spread=1.0)
+    save_int8(model, tmp_path / "small")
+    small = load_int8(tmp_path / "small")
+    assert small.config == model.config and not small.training
+    assert (small.head.weight is small.embedding.weight) == model.config.tied
+    for (one, before), (other, after) in zip(model.named_parameters(), small.named_parameters(), strict=True):
+        assert one == other and after.dtype == torch.float32
+        if before.ndim == 1:
+            assert torch.equal(before, after)
+        else:
+            numbers, scale = quantise(before.detach())
+            assert torch.equal(after, numbers * scale[:, None])
+    save_int8(small, tmp_path / "again")  # once rounded, it stays as it is
+    again = load_int8(tmp_path / "again")
+    torch.testing.assert_close(again.state_dict(), small.state_dict(), rtol=1e-6, atol=0)
+    assert (tmp_path / "small").stat().st_size < 0.5 * sum(4 * p.numel() for p in model.parameters()) + 9_000
+
+
+def test_a_file_that_is_not_in_eight_bits_is_refused(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="path must be a file that save_int8 has written, not .*other"):
+        load_int8(tmp_path / "other.safetensors")

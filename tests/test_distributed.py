@@ -137,6 +137,7 @@ def test_wrap_refuses(alone):
 
 @pytest.mark.parametrize("changes, mode, p, message", [
     ({}, "zero", 1, "mode must be one of"),
+    (dict(compile=True), "ddp", 1, "compile must be False for several processes"),
     ({}, "ddp", 3, "batch_size must be divisible by the number of processes, 3, not 4"),
     (dict(optimizer="muon"), "fsdp", 2, "optimizer must be 'adamw' in mode 'fsdp', .* not 'muon'"),
 ])
@@ -295,6 +296,7 @@ def test_help_lists_every_option(capsys):
     assert end.value.code == 0
     for name in ("mode", "text", "out-dir", "n-layers", "max-steps", "accumulation-steps", "betas", "seed"):
         assert f"--{name}" in shown
+    assert "--compile" not in shown
     with pytest.raises(SystemExit):
         main(["--mode", "zero"])
     with pytest.raises(ValueError, match="max_steps must be a whole number of at least 1, not 0"):

@@ -455,6 +455,9 @@ def test_rows_of_other_integers_are_padded():
     ids, n_padding = pad_left([np.array([1, 2, 3], dtype=np.uint16), torch.tensor([4], dtype=torch.int32), (5, 6)])
     assert ids.dtype == torch.int64 and ids.tolist() == [[1, 2, 3], [0, 0, 4], [0, 5, 6]]
     assert n_padding.tolist() == [0, 2, 1]
+    for no_tokens in ([[1.5]], [[2.0]], ["12"], [np.array([1.0])]):
+        with pytest.raises(TypeError):
+            pad_left(no_tokens)
 
 
 def test_stop_strings_of_any_kind():

@@ -4,6 +4,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from gpts import without_type_checker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import (
@@ -220,6 +221,23 @@ def test_requests_that_cannot_work_are_refused():
     refused("max_len is 8", speculative_generate, model, gpt(max_len=8), prompt(1), 20)
     for bad in (dict(temperature=-1.0), dict(top_k=0), dict(top_p=1.5)):
         refused("must be", speculative_generate, model, model, prompt(1), 5, **bad)
+
+
+def test_ids_of_another_shape_are_refused_and_numbers_of_numpy_are_not():
+    printed = without_type_checker("""
+from llm_book.generate import generate, stream
+from llm_book.search import beam_search, speculative_generate
+model = random_model(**GPT2)
+for call in (generate, stream, lambda m, i, n: beam_search(m, i, n, 2), lambda m, i, n: speculative_generate(m, m, i, n)):
+    for wrong in (torch.tensor(1), torch.tensor([1, 2]), torch.tensor([[[1]]]), torch.zeros(0, 3, dtype=torch.long)):
+        try:
+            print(call(model, wrong, 3))
+        except ValueError as error:
+            print(str(error)[:43])
+import numpy as np
+print(len(beam_search(model, torch.tensor([[1]]), np.int64(3), 2)))
+""")
+    assert printed == 16 * ["ids must be tokens from 0 to 64 of shape (B"] + ["2"]
 
 
 def test_extreme_length_penalties_still_rank():
