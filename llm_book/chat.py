@@ -121,7 +121,8 @@ def _from_folder(folder: Path) -> PipelineTokenizer | BPETokenizer:
             return BPETokenizer.from_gpt2_files(folder / vocab, folder / merges, ["<|endoftext|>"])
     return PipelineTokenizer.load(folder / "tokenizer.json")
 
-# %% ../nbs/aa_chat.ipynb #d43bb7ce
+# %% ../nbs/aa_chat.ipynb #36d785d4
+#| code-fold: true
 @dataclass(frozen=True)
 class Template:
     """How a model wants its conversations written."""

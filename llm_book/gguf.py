@@ -140,7 +140,8 @@ class _Cursor:
         number = self.number(_CODES[kind])
         return float(str(np.float32(number))) if _CODES[kind] == "f" else number
 
-# %% ../nbs/a3_gguf.ipynb #e09d364a
+# %% ../nbs/a3_gguf.ipynb #fd53dce8
+#| code-fold: true
 @dataclass(frozen=True)
 class Stored:
     """Where the numbers of one tensor are."""

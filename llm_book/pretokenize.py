@@ -52,7 +52,8 @@ def _in_turn(functions: list[Callable], value):
         value = function(value)
     return value
 
-# %% ../nbs/a4_pretokenize.ipynb #c74f82d4
+# %% ../nbs/a4_pretokenize.ipynb #0b8fb5d2
+#| code-fold: true
 Cutter = Callable[[str, bool], list[str]]  # a piece, and whether the text begins with it
 
 
@@ -194,7 +195,8 @@ def _decoder(step: dict | None) -> Callable[[list[str]], list[str]]:
     require(kind in steps, "decoder", f"Metaspace, Replace, Sequence or of {sorted(steps)}", step)
     return steps[kind]
 
-# %% ../nbs/a4_pretokenize.ipynb #c5e07765
+# %% ../nbs/a4_pretokenize.ipynb #cf81e406
+#| code-fold: true
 @dataclass(frozen=True)
 class Added:
     """A token that is cut out before anything else happens."""
