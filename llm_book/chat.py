@@ -122,7 +122,6 @@ def _from_folder(folder: Path) -> PipelineTokenizer | BPETokenizer:
     return PipelineTokenizer.load(folder / "tokenizer.json")
 
 # %% ../nbs/aa_chat.ipynb #36d785d4
-#| code-fold: true
 @dataclass(frozen=True)
 class Template:
     """How a model wants its conversations written."""

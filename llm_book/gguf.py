@@ -141,7 +141,6 @@ class _Cursor:
         return float(str(np.float32(number))) if _CODES[kind] == "f" else number
 
 # %% ../nbs/a3_gguf.ipynb #fd53dce8
-#| code-fold: true
 @dataclass(frozen=True)
 class Stored:
     """Where the numbers of one tensor are."""

@@ -53,7 +53,6 @@ def _in_turn(functions: list[Callable], value):
     return value
 
 # %% ../nbs/a4_pretokenize.ipynb #0b8fb5d2
-#| code-fold: true
 Cutter = Callable[[str, bool], list[str]]  # a piece, and whether the text begins with it
 
 
@@ -196,7 +195,6 @@ def _decoder(step: dict | None) -> Callable[[list[str]], list[str]]:
     return steps[kind]
 
 # %% ../nbs/a4_pretokenize.ipynb #cf81e406
-#| code-fold: true
 @dataclass(frozen=True)
 class Added:
     """A token that is cut out before anything else happens."""
