@@ -7,6 +7,8 @@ at 1 %, 10 % and 100 % of the steps; and measures the test part beside Kneser–
     python benchmarks/models.py tang --data tang.txt.gz --out runs/tang
     python benchmarks/models.py mini --data austen.txt.gz --out runs/mini
 
+At the end the model goes into llm_book/models/ (eight bits a weight) and its scores into the ledger.
+
 austen.txt.gz: the six novels (public domain), paragraphs separated by blank lines, each novel begins
 with a line `=== title ===`. Of each novel the last 5 % of the paragraphs are the test part, the 5 %
 before them validation. tang.txt.gz: poems in blocks separated by blank lines, a title, an author, the
@@ -15,14 +17,19 @@ lines. A poem's part follows from the SHA-256 of its text: 0 of 20 test, 1 of 20
 import argparse
 import gzip
 import hashlib
+import importlib.resources
 import json
 import math
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
 
+from llm_book.decoder import load_int8, save_int8
+from llm_book.generate import generate
 from llm_book.gpt import GPT, GPTConfig
 from llm_book.lab import progress, seed_everything
 from llm_book.ngram import NGramLM
@@ -32,6 +39,7 @@ from llm_book.train import Run, TrainConfig, steps
 
 ONE_CHARACTER = r"(?s)."  # merges of a Chinese tokenizer build characters and stop there
 PARTS = ("train", "validation", "test")
+MODELS = Path(str(importlib.resources.files("llm_book"))) / "models"
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ COMMON = dict(positions="rotary", norm="rms", feed_forward="swiglu", bias="none"
 STEPS = dict(optimizer="muon", muon_lr=0.02, max_lr=3e-3, min_lr=0.0, schedule="linear",
              precision="bfloat16", eval_windows=64)
 RECIPES = {
-    "austen": Recipe("novels", 2_048, ("She had ", "It was ", "\n\n“"),
+    "austen": Recipe("novels", 2_048, ("She had ", "It was "),
                      dict(max_len=256, n_layers=4, d_model=224, n_heads=7, d_ff=600, dropout=0.1, **COMMON),
                      dict(max_steps=1_200, batch_size=16, seq_len=256, warmup_steps=50, eval_every=100,
                           checkpoint_every=25, **STEPS)),
@@ -102,8 +110,6 @@ def nats(model: GPT, ids: np.ndarray) -> float:
 
 @torch.no_grad()
 def sample(model: GPT, tokenizer: BPETokenizer, prompt: str, n: int, seed: int) -> str:
-    from llm_book.generate import generate
-
     model.eval()
     ids = torch.tensor([tokenizer.encode(prompt)])
     n = min(n, model.config.max_len - ids.shape[1])
@@ -129,7 +135,7 @@ def prepared(recipe: Recipe, data: Path, out: Path) -> tuple[BPETokenizer, dict[
     return tokenizer, texts, tokens
 
 
-def learn(recipe: Recipe, tokenizer: BPETokenizer, tokens: dict, seed: int, out: Path) -> GPT:
+def learn(recipe: Recipe, tokenizer: BPETokenizer, tokens: dict, seed: int, out: Path) -> Run:
     """Train, or go on; samples at 1 %, 10 % and 100 %."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(tokenizer.vocab_size, **recipe.shape))
@@ -149,20 +155,35 @@ def learn(recipe: Recipe, tokenizer: BPETokenizer, tokens: dict, seed: int, out:
                         file.write(f"--- step {run.step}\n{sample(model, tokenizer, prompt, 120, seed)}\n")
                 model.train()
                 torch.set_rng_state(state)
-    return model.eval()
+    return run
 
 
-def measure(name: str, recipe: Recipe, model: GPT, texts: dict, tokens: dict, out: Path) -> dict:
-    """Nats per token, and bits per byte, on the test part: the model's and Kneser–Ney's."""
-    test, n_bytes = tokens["test"], len(texts["test"].encode())
+def ship(name: str, recipe: Recipe, run: Run, tokenizer: BPETokenizer, texts: dict, tokens: dict,
+         out: Path) -> None:
+    """The model in eight bits, its tokenizer and its samples into the package; what it costs into the ledger.
+
+    The model is measured as it is shipped, on the test part, beside Kneser–Ney on the same tokens.
+    """
+    MODELS.mkdir(exist_ok=True)
+    save_int8(run.model, MODELS / f"{name}.safetensors")
+    tokenizer.save(MODELS / f"{name}.json")
+    shutil.copy(out / "samples.txt", MODELS / f"{name}.samples.txt")
+    model, test = load_int8(MODELS / f"{name}.safetensors"), tokens["test"]
     counts = NGramLM(recipe.counting_order, model.config.vocab_size, smoothing="kneser-ney")
     counts.fit(tokens["train"])
-    found = {"model": nats(model, test), "kneser-ney": -counts.log_prob(test) / len(test)}
-    per_byte = len(test) / math.log(2) / n_bytes
-    found |= {f"{who} bits per byte": value * per_byte for who, value in list(found.items())}
-    print(name, json.dumps(found), flush=True)
-    (out / "measured.json").write_text(json.dumps(found))
-    return found
+    bench, c = common.Bench("models"), run.config
+    seconds = sum(c.batch_size * c.seq_len / entry["tokens_per_second"] for entry in run.history)
+    per_byte = len(test) / math.log(2) / len(texts["test"].encode())
+    losses = {"": nats(model, test), "_float32": nats(run.model, test),
+              "_kneser_ney": -counts.log_prob(test) / len(test)}
+    for key, loss in losses.items():
+        bench.report(f"{name}{key}", loss * per_byte, "bits per byte", nats_per_token=loss,
+                     order=recipe.counting_order, parameters=sum(p.numel() for p in model.parameters()),
+                     steps=run.step, seconds=seconds, threads=torch.get_num_threads(), seed=c.seed,
+                     tokens_read=run.step * c.batch_size * c.seq_len, train_tokens=len(tokens["train"]),
+                     test_tokens=len(test), vocab_size=tokenizer.vocab_size, shape=recipe.shape,
+                     config=recipe.config, validation=[[entry["step"], entry["val_loss"]]
+                                                       for entry in run.history if "val_loss" in entry])
 
 
 def main() -> None:
@@ -177,8 +198,8 @@ def main() -> None:
     recipe = RECIPES[options.name]
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer, texts, tokens = prepared(recipe, options.data, options.out)
-    model = learn(recipe, tokenizer, tokens, options.seed, options.out)
-    measure(options.name, recipe, model, texts, tokens, options.out)
+    run = learn(recipe, tokenizer, tokens, options.seed, options.out)
+    ship(options.name, recipe, run, tokenizer, texts, tokens, options.out)
 
 
 if __name__ == "__main__":

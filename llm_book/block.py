@@ -6,7 +6,6 @@
 __all__ = ['layer_norm', 'rms_norm', 'LayerNorm', 'RMSNorm', 'gelu_tanh', 'squared_relu', 'FeedForward', 'SwiGLU', 'Block']
 
 # %% ../nbs/12_block.ipynb #0fe4ff18
-#| code-fold: true
 from collections.abc import Callable
 
 import torch
@@ -39,7 +38,6 @@ def rms_norm(
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 # %% ../nbs/12_block.ipynb #f076ab12
-#| code-fold: true
 class LayerNorm(nn.Module):
     """`layer_norm` with weights that learn, on torch's fused kernel."""
 
@@ -123,7 +121,6 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 # %% ../nbs/12_block.ipynb #014f3087
-#| code-fold: true
 class Block(nn.Module):
     """Attention between positions, then work at each of them, both added to a residual stream."""
 

@@ -33,7 +33,6 @@ def smollm() -> Path:
     raise FileNotFoundError(f"SmolLM2 is not installed; to install it: {INSTALL_SMOLLM}")
 
 # %% ../nbs/aa_chat.ipynb #95c8ac2b
-#| code-fold: true
 _LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _GPT2_CUT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -123,7 +122,6 @@ def _from_folder(folder: Path) -> PipelineTokenizer | BPETokenizer:
     return PipelineTokenizer.load(folder / "tokenizer.json")
 
 # %% ../nbs/aa_chat.ipynb #36d785d4
-#| code-fold: true
 @dataclass(frozen=True)
 class Template:
     """How a model wants its conversations written."""

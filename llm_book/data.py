@@ -6,7 +6,6 @@
 __all__ = ['get_batch', 'fingerprint', 'TokenFile', 'encode_file', 'sequential_batches', 'pack', 'document_mask']
 
 # %% ../nbs/08_data.ipynb #9d3726f0
-#| code-fold: true
 import hashlib
 import os
 import struct

@@ -6,7 +6,6 @@
 __all__ = ['Decoder', 'decoder_for', 'quantise', 'save_int8', 'load_int8']
 
 # %% ../nbs/a5_decoder.ipynb #e145b563
-#| code-fold: true
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -166,7 +165,7 @@ def save_int8(
 
 
 def load_int8(path: str | Path) -> GPT:
-    """The model of `save_int8`, in float32, for evaluation. Raises: `ValueError` for other files."""
+    """The model of `save_int8`, in float32, for evaluation. Raises: `ValueError` for others."""
     with safe_open(path, "pt") as file:
         config = (file.metadata() or {}).get("llm_book_config")
         require(config, "path", "a file that save_int8 has written", str(path))

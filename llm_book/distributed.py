@@ -8,7 +8,6 @@ __all__ = ['MODES', 'NVLINK', 'CARD', 'ring_moves', 'ring_all_reduce', 'Place', 
            'ColumnParallelLinear', 'RowParallelLinear', 'all_reduce_seconds', 'cluster_seconds']
 
 # %% ../nbs/17_distributed.ipynb #eca4f5f6
-#| code-fold: true
 import argparse
 import copy
 import math
@@ -58,7 +57,6 @@ def ring_all_reduce(tensor: Tensor) -> None:
         sending.wait()
 
 # %% ../nbs/17_distributed.ipynb #c3b8db9b
-#| code-fold: true
 @dataclass(frozen=True)
 class Place:
     """Where a process stands among the others."""
@@ -159,7 +157,6 @@ class DistributedRun(Run):
         return self.plain.state_dict()
 
 # %% ../nbs/17_distributed.ipynb #1838abdd
-#| code-fold: true
 def _whole(value):
     """A nested dictionary with all of each tensor, on the CPU."""
     if isinstance(value, dict):
@@ -229,7 +226,6 @@ def train_distributed(
     return run.history
 
 # %% ../nbs/17_distributed.ipynb #4c2cbe1d
-#| code-fold: true
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m torch.distributed.run --standalone --nproc-per-node N "

@@ -51,7 +51,6 @@ SMALL_KINDS = {
 }
 
 # %% ../nbs/a3_gguf.ipynb #b9a4cad0
-#| code-fold: true
 def _q4_k(blocks: np.ndarray) -> np.ndarray:
     """Eight small blocks of 32, whose scales and minima have 6 bits, in 12 bytes together."""
     a, b, c = (blocks[:, i:i + 4] for i in (4, 8, 12))
@@ -142,7 +141,6 @@ class _Cursor:
         return float(str(np.float32(number))) if _CODES[kind] == "f" else number
 
 # %% ../nbs/a3_gguf.ipynb #fd53dce8
-#| code-fold: true
 @dataclass(frozen=True)
 class Stored:
     """Where the numbers of one tensor are."""
@@ -222,7 +220,6 @@ class GGUFFile(Mapping):
         return torch.from_numpy(numbers.reshape(tensor.shape))
 
 # %% ../nbs/a3_gguf.ipynb #1c03d78d
-#| code-fold: true
 def _text(string: str) -> bytes:
     return struct.pack("<Q", len(string.encode())) + string.encode()
 

@@ -30,7 +30,6 @@ def unpaired_rows(weight: Tensor, n_heads: int) -> Tensor:
     return rearrange(weight, "(H half two) D -> (H two half) D", H=n_heads, two=2)
 
 # %% ../nbs/ab_gguf_model.ipynb #bbba732e
-#| code-fold: true
 _LLAMA_OPTIONS = dict(
     hidden_size="embedding_length", num_hidden_layers="block_count", vocab_size="vocab_size",
     max_position_embeddings="context_length", intermediate_size="feed_forward_length",
@@ -66,7 +65,6 @@ def translated(name: str, table: Mapping[str, str]) -> str:
     return ".".join(table.get(part, part) for part in parts)
 
 # %% ../nbs/ab_gguf_model.ipynb #b1cbe877
-#| code-fold: true
 def model_options(file: GGUFFile) -> dict:
     """What config.json would say. Raises: `ValueError` for lies, and what we have no code for."""
     kind = file.metadata.get("general.architecture")
@@ -133,7 +131,6 @@ class ModelWeights(Mapping):
                 for name, weight in meta.items()}
 
 # %% ../nbs/ab_gguf_model.ipynb #4ab24bbf
-#| code-fold: true
 def read_model(path: str | Path) -> tuple[dict, ModelWeights]:
     """Options and weights. Raises: as `GGUFFile` and `model_options`."""
     options = model_options(file := GGUFFile(path))

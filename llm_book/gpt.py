@@ -34,7 +34,6 @@ def _initialise(model: nn.Module, n_layers: int) -> None:
                 module.bias.zero_()
 
 # %% ../nbs/14_gpt.ipynb #d743b97a
-#| code-fold: true
 CHOICES = {"positions": ("learned", "rotary"), "norm": ("layer", "rms"),
            "feed_forward": ("gelu", "relu2", "swiglu"), "bias": ("all", "qkv", "none"),
            "qk_norm": (False, True), "tied": (False, True), "init": ("gpt2", "zero")}
@@ -148,7 +147,6 @@ def _block(config: GPTConfig) -> Block:
     return Block(attention, feed_forward, lambda: _norm(c, c.d_model), dropout=c.dropout)
 
 # %% ../nbs/14_gpt.ipynb #e14fc9d8
-#| code-fold: true
 class GPT(nn.Module):
     """A decoder-only language model: GPT-2, Llama or Qwen by configuration.
 

@@ -43,7 +43,6 @@ class Family:
     strict: bool = False  # any option that is not listed here is refused
 
 # %% ../nbs/a2_hub.ipynb #816a7223
-#| code-fold: true
 _EVERYWHERE = dict(is_causal=(True,), layer_types=("full_attention",), quantization_config=(),
                   compression_config=(), transformers_weights=())  # (): must be left out
 GPT2 = Family(
@@ -116,7 +115,6 @@ def weights_to_hf(model: GPT, family: str) -> dict[str, Tensor]:
             for name, parts in _layout(FAMILIES[family], model).items()}
 
 # %% ../nbs/a2_hub.ipynb #bcaab494
-#| code-fold: true
 _BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")  # of older versions
 
 
@@ -169,7 +167,6 @@ def weights_from_hf(model: GPT, family: str, theirs: Mapping) -> None:
             part.copy_(piece)
 
 # %% ../nbs/a2_hub.ipynb #bf663d8b
-#| code-fold: true
 def _given(family: Family, options: dict) -> dict:
     """The options that are not left out, if we have code for all of them, rotary ones included."""
     rope = options.get("rope_scaling") or options.get("rope_parameters") or {}
@@ -218,7 +215,6 @@ def config_to_hf(config: GPTConfig) -> dict:
                 return options
 
 # %% ../nbs/a2_hub.ipynb #19c34930
-#| code-fold: true
 @contextmanager
 def _opened(path: Path) -> Iterator:
     try:
@@ -298,7 +294,6 @@ def save_gguf(model: GPT, path: str | Path, kind: str = "F16") -> None:  # or "F
     write_model(path, options, weights_to_hf(model, options["model_type"]), kind)
 
 # %% ../nbs/a2_hub.ipynb #79c662df
-#| code-fold: true
 def _shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
     """The weights of each file, in order; one that is too large has a file of its own."""
     shards = [[]]

@@ -6,7 +6,6 @@
 __all__ = ['BigramLM', 'MLPLM', 'fit', 'log_probs']
 
 # %% ../nbs/09_neural_lm.ipynb #7d33c929
-#| code-fold: true
 import math
 from collections.abc import Iterator
 

@@ -7,7 +7,6 @@ __all__ = ['Array', 'NEWTON_SCHULZ', 'adamw_step', 'Adam', 'AdamW', 'orthogonali
            'constant_schedule', 'wsd_schedule', 'linear_schedule', 'cosine_schedule', 'clip_grad_norm']
 
 # %% ../nbs/07_optim.ipynb #e9ad45cc
-#| code-fold: true
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -197,7 +196,6 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay)
 
 # %% ../nbs/07_optim.ipynb #53de2fdc
-#| code-fold: true
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # times σ, σ³ and σ⁵
 
 
@@ -288,7 +286,6 @@ class Muon(_Optimizer):
                 matrix.add_(move, alpha=-lr * scale)
 
 # %% ../nbs/07_optim.ipynb #36843fe4
-#| code-fold: true
 def _phases(step: int, lrs: tuple, warmup_steps: int, total_steps: int, decay_steps: int):
     """Shares of warm-up and decay that are done. Raises: `ValueError` for what does not fit."""
     require(step >= 0, "step", "at least 0", step)

@@ -7,7 +7,6 @@ __all__ = ['angles', 'sinusoidal', 'ConstantTable', 'PositionalEncoding', 'Learn
            'RotaryEmbedding', 'alibi_slopes', 'alibi_bias']
 
 # %% ../nbs/11_positions.ipynb #0861db88
-#| code-fold: true
 from collections.abc import Callable
 from weakref import WeakValueDictionary
 
@@ -41,7 +40,6 @@ def sinusoidal(
     return rearrange([hands.sin(), hands.cos()], "two T half -> T (half two)")
 
 # %% ../nbs/11_positions.ipynb #5cd69794
-#| code-fold: true
 _TABLES = WeakValueDictionary()  # those that some module holds at the moment
 
 

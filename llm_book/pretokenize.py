@@ -23,7 +23,6 @@ from .lab import require, write_whole
 from .tokens import GPT2_PATTERN, from_signs, to_signs
 
 # %% ../nbs/a4_pretokenize.ipynb #fe5c1518
-#| code-fold: true
 def _checked(step: dict, **allowed: tuple | None) -> dict:
     """A step. Raises: `ValueError` for an option that is not among the allowed (None: any)."""
     for name, value in step.items():
@@ -54,7 +53,6 @@ def _in_turn(functions: list[Callable], value):
     return value
 
 # %% ../nbs/a4_pretokenize.ipynb #0b8fb5d2
-#| code-fold: true
 Cutter = Callable[[str, bool], list[str]]  # a piece, and whether the text begins with it
 
 
@@ -129,7 +127,6 @@ def _cutter(step: dict | None) -> Cutter:
     return cut
 
 # %% ../nbs/a4_pretokenize.ipynb #9279e6d4
-#| code-fold: true
 def merge_ids(
     ids: list[int],
     ranks: Mapping[tuple[int, int], tuple[int, int]],  # of a pair: its rank, and the joined id
@@ -151,7 +148,6 @@ def merge_ids(
     return [i for i in ids if i is not None]
 
 # %% ../nbs/a4_pretokenize.ipynb #30c7d927
-#| code-fold: true
 def _from_signs(token: str) -> bytes:
     with suppress(KeyError):  # an added token may have any characters
         return from_signs(token)
@@ -199,7 +195,6 @@ def _decoder(step: dict | None) -> Callable[[list[str]], list[str]]:
     return steps[kind]
 
 # %% ../nbs/a4_pretokenize.ipynb #cf81e406
-#| code-fold: true
 @dataclass(frozen=True)
 class Added:
     """A token that is cut out before anything else happens."""
@@ -241,7 +236,6 @@ class _AddedTokens:
         yield text[at:], None
 
 # %% ../nbs/a4_pretokenize.ipynb #5dc27368
-#| code-fold: true
 _MODEL = dict(vocab=None, merges=None, unk_token=None, fuse_unk=(False, True, None),
               byte_fallback=(False, True, None), ignore_merges=(False, True, None), dropout=(None,),
               continuing_subword_prefix=(None, ""), end_of_word_suffix=(None, ""))

@@ -8,7 +8,6 @@ __all__ = ['HOFFMANN', 'BESIROGLU', 'H100_BF16', 'training_flops', 'count_parame
            'bootstrap_laws', 'rented_flops', 'Plan', 'plan_training']
 
 # %% ../nbs/18_scaling.ipynb #b2ece5e3
-#| code-fold: true
 import copy
 import math
 from collections.abc import Sequence
@@ -142,7 +141,6 @@ def train_branches(
     return results
 
 # %% ../nbs/18_scaling.ipynb #d0e405b7
-#| code-fold: true
 def residuals_and_slopes(
     theta: Float[np.ndarray, "fits 5"],  # logs of E, of the other two terms and their exponents
     log_n: Float[np.ndarray, "runs"],
@@ -209,7 +207,6 @@ def _fit(logs: np.ndarray, counts: np.ndarray, delta: float) -> list[ScalingLaw]
     return [ScalingLaw(*map(float, row)) for row in zip(*columns)]
 
 # %% ../nbs/18_scaling.ipynb #03ea4196
-#| code-fold: true
 def fit_power_law(
     n_params,  # N of each run
     n_tokens,  # D of each run
@@ -249,7 +246,6 @@ HOFFMANN = ScalingLaw(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
 BESIROGLU = ScalingLaw(E=1.8172, A=482.01, alpha=0.3478, B=2085.43, beta=0.3658)
 
 # %% ../nbs/18_scaling.ipynb #08098439
-#| code-fold: true
 H100_BF16 = 989e12  # operations per second at most, from NVIDIA's data sheet (dense, SXM)
 
 

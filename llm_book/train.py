@@ -7,7 +7,6 @@ __all__ = ['PRECISIONS', 'autocast', 'compiled', 'make_optimizers', 'Drift', 'wa
            'draw_batches', 'Run', 'update', 'steps', 'train']
 
 # %% ../nbs/15_train.ipynb #3969182d
-#| code-fold: true
 import math
 import time
 from collections import deque

@@ -7,7 +7,6 @@ __all__ = ['encoder_block', 'from_torch_masks', 'Transformer', 'DecoderBlock', '
            'EncoderDecoder', 'cross_attention_weights']
 
 # %% ../nbs/13_transformer.ipynb #52ca59c7
-#| code-fold: true
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -36,7 +35,6 @@ def encoder_block(
                  lambda: LayerNorm(d_model), pre_norm=False, dropout=dropout)
 
 # %% ../nbs/13_transformer.ipynb #f23ffa65
-#| code-fold: true
 def _added(mask: Tensor) -> Tensor:
     """What a mask of `torch.nn` adds to the scores."""
     if mask.dtype != torch.bool:
@@ -69,7 +67,6 @@ def from_torch_masks(
     return sum(map(_added, masks))
 
 # %% ../nbs/13_transformer.ipynb #055431fb
-#| code-fold: true
 _OUR_NAMES = {
     ".self_attn.in_proj_": ".attention.in_proj_", ".self_attn.out_proj.": ".attention.o_proj.",
     ".linear1.": ".feed_forward.up.", ".linear2.": ".feed_forward.down.",
@@ -92,7 +89,6 @@ def _rename(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
             state_dict[name] = value
 
 # %% ../nbs/13_transformer.ipynb #1b32b8c5
-#| code-fold: true
 class Transformer(nn.Module):
     """A stack of blocks with a language model's head. Without a mask, each position sees them all!
 
@@ -135,7 +131,6 @@ class Transformer(nn.Module):
         return self.fc_out(x)
 
 # %% ../nbs/13_transformer.ipynb #044c8b26
-#| code-fold: true
 class DecoderBlock(nn.Module):
     """Looks at what is written, then at the source, then works alone; each norm after its sum."""
 
@@ -182,7 +177,6 @@ def decoder_block(
                         lambda: LayerNorm(d_model), dropout=dropout)
 
 # %% ../nbs/13_transformer.ipynb #42efcbd8
-#| code-fold: true
 def pad_rows(
     rows: Iterable[Sequence[int]],  # at least one
     pad_id: int,
@@ -207,7 +201,6 @@ def teacher_forcing(
     return inputs, answers
 
 # %% ../nbs/13_transformer.ipynb #2bd73932
-#| code-fold: true
 def _to_keys(real: Tensor | None) -> Tensor | None:
     """A mask over keys, the same for all heads and queries."""
     return None if real is None else rearrange(real, "B S -> B 1 1 S")
@@ -307,7 +300,6 @@ class EncoderDecoder(nn.Module):
         return torch.cat(written, 1)
 
 # %% ../nbs/13_transformer.ipynb #86bcea08
-#| code-fold: true
 @torch.no_grad()
 def cross_attention_weights(
     model: EncoderDecoder,

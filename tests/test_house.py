@@ -213,6 +213,14 @@ def test_modules_are_short():
         assert n_lines <= 350, f"{module} has {n_lines} lines"
 
 
+def test_modules_hold_no_directives():
+    """nbdev copies Quarto's options into a module: `#| code-fold: true`, where a page says `#| fold`."""
+    for path in (ROOT / "llm_book").glob("*.py"):
+        assert not re.search(r"^#\|", path.read_text(), re.M), path.name
+    for path in NOTEBOOKS:
+        assert not any("code-fold" in cell.source for cell in code_cells(path)), f"{path.name}: #| fold"
+
+
 def test_functions_are_short():
     """A screen holds 25 lines; the package may have five functions that need more."""
     long = {}

@@ -18,8 +18,7 @@ from notebooks import chapters, colab_url, filter_notebook, options, settings
 from serve import server
 
 PAGES = [path.stem for path in chapters()]
-FOLDED = [path.stem for path in chapters()
-          if any(line in path.read_text(encoding="utf-8") for line in ("#| fold", "#| code-fold: true"))]
+FOLDED = [path.stem for path in chapters() if "#| fold" in path.read_text(encoding="utf-8")]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PATIENCE = 180_000  # ms, for a machine that has much else to do; a test fails only after that
 needs_browser = pytest.mark.skipif(
