@@ -11,16 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from llm_book.gguf import (
-    KINDS,
-    GGUFFile,
-    dotted,
-    paired_rows,
-    quantise_q8_0,
-    underscored,
-    unpaired_rows,
-    write_gguf,
-)
+from llm_book.gguf import KINDS, GGUFFile, quantise_q8_0, write_gguf
 
 
 def random_blocks(kind: str, rows: int, seed: int = 0) -> np.ndarray:
@@ -194,25 +185,6 @@ def test_the_package_reads_what_we_write(kind, dtype, tmp_path):
 def test_other_kinds_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="kind must be 'F32', 'F16' or 'Q8_0', not 'Q4_1'"):
         write_gguf(tmp_path / "x.gguf", {}, {"a": torch.zeros(32, 32)}, "Q4_1")
-
-
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
-def test_rows_go_to_and_fro(heads, half, width):
-    weight = torch.randn(heads * 2 * half, width)
-    paired = paired_rows(weight, heads)
-    expected = weight.reshape(heads, 2, half, width).swapaxes(1, 2).reshape(weight.shape)
-    assert torch.equal(paired, expected)
-    assert torch.equal(unpaired_rows(paired, heads), weight)
-
-
-def test_names_go_to_and_fro():
-    """All names that the package has for Llama, Qwen and GPT-2."""
-    for architecture in ("LLAMA", "QWEN2", "QWEN3", "GPT2"):
-        for tensor in gguf.MODEL_TENSORS[gguf.MODEL_ARCH[architecture]]:
-            name = gguf.TENSOR_NAMES[tensor].format(bid=3) + ".weight"
-            assert underscored(dotted(name)) == name
-    assert dotted("blk.0.attn_q_norm.weight") == "blk.0.attn.q_norm.weight"
-    assert dotted("blk.0.ffn_norm.weight") == "blk.0.ffn_norm.weight"
 
 
 # ---- liars

@@ -3,16 +3,27 @@ import os
 import subprocess
 import sys
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from gpts import CLASSES, LLAMA, SHAPES, ids, random_model
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from llm_book import hub
 from llm_book.gguf import GGUFFile, write_gguf
-from llm_book.gguf_model import NAMES, OPTIONS, model_options, read_model, translated
+from llm_book.gguf_model import (
+    NAMES,
+    OPTIONS,
+    model_options,
+    paired_rows,
+    read_model,
+    translated,
+    unpaired_rows,
+)
 from llm_book.hub import config_from_hf, config_to_hf
 
 KNOWN = [shape for shape in SHAPES if not shape.startswith("none")]
@@ -87,6 +98,22 @@ def test_tables_of_names_go_both_ways(kind):
     for part in NAMES[kind].keys() - {"blk"}:
         name = f"{part}.weight" if part.startswith(("token", "output", "position")) else f"blk.12.{part}.bias"
         assert translated(translated(name, NAMES[kind]), back) == name
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+def test_rows_go_to_and_fro(heads, half, width):
+    weight = torch.randn(heads * 2 * half, width)
+    paired = paired_rows(weight, heads)
+    expected = weight.reshape(heads, 2, half, width).swapaxes(1, 2).reshape(weight.shape)
+    assert torch.equal(paired, expected)
+    assert torch.equal(unpaired_rows(paired, heads), weight)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_our_names_are_those_of_the_package(kind):
+    tensors = gguf.MODEL_TENSORS[gguf.MODEL_ARCH[kind.upper()]]
+    theirs = {gguf.TENSOR_NAMES[tensor].removeprefix("blk.{bid}.") for tensor in tensors}
+    assert NAMES[kind].keys() - {"blk", "attn_q_norm", "attn_k_norm"} <= theirs
 
 
 @pytest.fixture
