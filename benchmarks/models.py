@@ -171,7 +171,9 @@ def ship(name: str, recipe: Recipe, run: Run, tokenizer: BPETokenizer, texts: di
     model, test = load_int8(MODELS / f"{name}.safetensors"), tokens["test"]
     counts = NGramLM(recipe.counting_order, model.config.vocab_size, smoothing="kneser-ney")
     counts.fit(tokens["train"])
-    bench, c = common.Bench("models"), run.config
+    text = "tang.txt.gz" if recipe.text == "poems" else "austen.txt.gz"
+    bench = common.Bench("models", command=f"python benchmarks/models.py {name} --data {text} --out runs/{name}")
+    c = run.config
     seconds = sum(c.batch_size * c.seq_len / entry["tokens_per_second"] for entry in run.history)
     per_byte = len(test) / math.log(2) / len(texts["test"].encode())
     losses = {"": nats(model, test), "_float32": nats(run.model, test),
