@@ -383,3 +383,14 @@ def test_attention_is_not_shown_with_dropout():
 def test_a_model_of_the_book_that_is_not_there():
     with pytest.raises(ValueError, match="name must be one of .*, not 'tolstoy'"):
         load_model("tolstoy")
+
+
+def test_the_books_model_writes_english():
+    model, tokenizer = load_model("austen")
+    assert not model.training and sum(p.numel() for p in model.parameters()) < 8_000_000
+    text = "It is a truth universally acknowledged, that a single man must be in want of a wife."
+    row = torch.tensor([tokenizer.encode(text)])
+    assert tokenizer.decode(row[0].tolist()) == text
+    with torch.no_grad():
+        nats = model(row[:, :-1], row[:, 1:])[1].item() * (row.shape[1] - 1)
+    assert nats / math.log(2) / len(text) < 2.0  # bits per byte; uniform bytes have 8
