@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llm_book.decoder import Decoder, decoder_for
+from llm_book.decoder import Decoder, decoder_for, matrix_vector
 from llm_book.generate import generate
 from llm_book.gpt import GPT, GPTConfig
 from llm_book.hub import weights_from_hf
@@ -116,12 +116,17 @@ def reading(bench: common.Bench, runs: range) -> None:
         x = {width: row.to(dtype) for width, row in rows.items()}
         if way == "vector":
             return lambda: [torch.mv(w, x[w.shape[1]][0]) for w in matrices]
+        if way == "pieces":
+            n = torch.get_num_threads()
+            return lambda: [matrix_vector(w, x[w.shape[1]][0], n) for w in matrices]
         return lambda: [F.linear(x[w.shape[1]], w) for w in matrices]
 
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-    labels = {"out_in": "(out, in)", "in_out": "(in, out)", "vector": "(out, in), as a vector"}
+    labels = {"out_in": "(out, in)", "in_out": "(in, out)", "vector": "(out, in), as a vector",
+              "pieces": "(out, in), in pieces"}
     ways = {f"{name}_{way}": (product(dtype, way), dtype.itemsize, f"{name}, {label}")
-            for dtype, name in names.items() for way, label in labels.items()}
+            for dtype, name in names.items() for way, label in labels.items()
+            if way != "pieces" or dtype == torch.float32}
     ways["sum"] = (lambda: [w.sum() for w in weights], 4, "float32, sum of all")
     times = common.in_turns({key: call for key, (call, _, _) in ways.items()}, runs)
     n_numbers = sum(w.numel() for w in weights)

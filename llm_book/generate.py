@@ -91,8 +91,7 @@ def penalise(
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit of each row and its token, (B, 1). Raises: `ValueError` for NaN."""
     largest, token = logits.max(-1, keepdim=True)
-    require(largest.isfinite().all(), "logits", "numbers, the largest of each row finite",
-            largest.flatten().tolist())
+    require(largest.isfinite().all(), "logits", "numbers, the largest of each row finite", largest)
     return largest, token
 
 

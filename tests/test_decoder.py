@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from llm_book.block import FeedForward
-from llm_book.decoder import Decoder, decoder_for, load_int8, quantise, save_int8
+from llm_book.decoder import LARGE, Decoder, decoder_for, load_int8, matrix_vector, quantise, save_int8
 from llm_book.generate import generate, stream
 from llm_book.gpt import GPT
 
@@ -52,6 +52,33 @@ def test_decoder_in_half_precision_is_near(kind, n_rows, dtype):
     assert half.dtype == torch.float32
     off = (half - exact).norm() / exact.norm()
     assert 0 < off < (0.01 if dtype == torch.float16 else 0.08)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (7, 3), (8, 4), (50, 1)])
+def test_a_product_in_pieces(shape, n):
+    weight, x = torch.randn(shape, generator=generator()), torch.randn(shape[1], generator=generator(1))
+    for laid_out in (weight, weight.T.contiguous().T, weight.repeat(1, 2)[:, :shape[1]]):
+        torch.testing.assert_close(matrix_vector(laid_out, x, n), weight @ x)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("bias", ["all", "none"])
+def test_large_matrices_are_read_by_several_threads(n_threads, bias):
+    model = gpt(d_model=512, n_layers=1, n_heads=4, vocab_size=601, bias=bias, spread=1.0)
+    assert model.head.weight.numel() >= LARGE
+    ids, before = torch.randint(601, (1, 12), generator=generator()), torch.get_num_threads()
+    try:
+        torch.set_num_threads(n_threads)
+        decoder = Decoder(model)
+        for _ in range(2):
+            with torch.no_grad():
+                right = model(ids)[0]
+            torch.testing.assert_close(one_by_one(decoder, ids), right, rtol=1e-3, atol=1e-3)
+            data_replaced(model)  # it follows, though it cuts the matrices
+        assert torch.equal(generate(model, ids, 20, **GREEDY), generate(Itself(model), ids, 20, **GREEDY))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_half_precision_of_the_models_own_dtype_copies_nothing():
