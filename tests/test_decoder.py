@@ -11,7 +11,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from llm_book.block import FeedForward
-from llm_book.decoder import LARGE, Decoder, decoder_for, load_int8, matrix_vector, quantise, save_int8
+from llm_book.decoder import (
+    LARGE,
+    Decoder,
+    decoder_for,
+    load_int8,
+    matrix_vector,
+    quantise,
+    save_int8,
+)
 from llm_book.generate import generate, stream
 from llm_book.gpt import GPT
 
