@@ -330,3 +330,10 @@ def test_version_and_name_agree():
 
     assert llm_book.__version__ == settings()["version"]
     assert settings()["title"] in (ROOT / "README.md").read_text()
+
+
+@each(PAGES)
+def test_readme_lists_the_page(path):
+    title = read(path).cells[0].source.splitlines()[0].removeprefix("# ")
+    line = f"[{path.stem.split('_')[0]} {title}](nbs/{path.name})"
+    assert line in (ROOT / "README.md").read_text(encoding="utf-8")
