@@ -521,7 +521,9 @@ def test_dropout_is_repeatable_and_unequal_rows_are_refused(one, two):
 
 
 def test_a_weight_that_is_no_number_on_one_rank_stops_all(one, two):
-    assert "the validation loss is nan, at step 8" in two["nan"]
+    # torch's attention on a CPU loses a nan in short rows; then the checkpoint's check finds the weight
+    assert ("the validation loss is nan, at step 8" in two["nan"]
+            or "weights are not finite: blocks.0.attention.q_proj.weight, at step 8" in two["nan"])
     assert "step_00000004" in two["nan"]
     assert [path.name for path in checkpoints(one / "nan")] == ["step_00000000", "step_00000004"]
 
