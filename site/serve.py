@@ -4,6 +4,7 @@
 """
 import errno
 import functools
+import signal
 import sys
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -32,6 +33,7 @@ def server(folder, port: int, n_tries: int = 100) -> ThreadingHTTPServer:
 def main() -> None:
     if len(sys.argv) != 2 or not sys.argv[1].isdigit():
         sys.exit(__doc__)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` would have it ignored
     with server(ROOT / "_site", int(sys.argv[1])) as serving:
         print(f"The book is at http://127.0.0.1:{serving.server_port}/  (Ctrl-C stops it)", flush=True)
         try:
