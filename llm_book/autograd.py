@@ -6,7 +6,6 @@
 __all__ = ['Value', 'topological_order', 'backpropagate', 'draw']
 
 # %% ../nbs/05_autograd.ipynb #f74e68d4
-#| code-fold: true
 import math
 from functools import total_ordering
 from numbers import Real
@@ -16,7 +15,6 @@ from matplotlib import pyplot as plt
 from .lab import COLOURS, require
 
 # %% ../nbs/05_autograd.ipynb #561792ff
-#| code-fold: true
 @total_ordering
 class Value:
     """A number that remembers how it was computed, and can find its slopes.
@@ -143,7 +141,6 @@ def backpropagate(root: Value) -> None:
             messages[source] += messages[node] * slope
 
 # %% ../nbs/05_autograd.ipynb #ee715fa8
-#| code-fold: true
 def _layout(root: Value) -> dict[Value, tuple[float, float]]:
     """The x and y of each node: inputs left of their users, near the mean height of these."""
     order = topological_order(root)

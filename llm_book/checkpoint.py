@@ -8,7 +8,6 @@ __all__ = ['Stateful', 'random_state', 'set_random_state', 'named_weights', 'opt
            'load_checkpoint']
 
 # %% ../nbs/a1_checkpoint.ipynb #2575fa46
-#| code-fold: true
 import hashlib
 import json
 import random
@@ -39,7 +38,6 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict): ...
 
 # %% ../nbs/a1_checkpoint.ipynb #f77b6d79
-#| code-fold: true
 def random_state() -> dict:
     """The states of all global random generators, as JSON values."""
     kind, keys, *rest = np.random.get_state()

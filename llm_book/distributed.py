@@ -8,7 +8,6 @@ __all__ = ['MODES', 'NVLINK', 'CARD', 'ring_moves', 'ring_all_reduce', 'Place', 
            'ColumnParallelLinear', 'RowParallelLinear', 'all_reduce_seconds', 'cluster_seconds']
 
 # %% ../nbs/17_distributed.ipynb #eca4f5f6
-#| code-fold: true
 import argparse
 import copy
 import math
@@ -58,7 +57,6 @@ def ring_all_reduce(tensor: Tensor) -> None:
         sending.wait()
 
 # %% ../nbs/17_distributed.ipynb #c3b8db9b
-#| code-fold: true
 @dataclass(frozen=True)
 class Place:
     """Where a process stands among the others."""
@@ -159,7 +157,6 @@ class DistributedRun(Run):
         return self.plain.state_dict()
 
 # %% ../nbs/17_distributed.ipynb #1838abdd
-#| code-fold: true
 def _whole(value):
     """A nested dictionary with all of each tensor, on the CPU."""
     if isinstance(value, dict):
@@ -208,6 +205,7 @@ def train_distributed(
 ) -> list[dict]:
     """`train` of chapter 15 by all ranks together; returns the history, on every rank."""
     require(mode in MODES, "mode", f"one of {MODES}", mode)
+    require(not config.compile, "compile", "False for several processes", config.compile)
     require(config.batch_size % place.world_size == 0, "batch_size",
             f"divisible by the number of processes, {place.world_size}", config.batch_size)
     require(mode == "ddp" or config.optimizer == "adamw", "optimizer",
@@ -228,7 +226,6 @@ def train_distributed(
     return run.history
 
 # %% ../nbs/17_distributed.ipynb #4c2cbe1d
-#| code-fold: true
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m torch.distributed.run --standalone --nproc-per-node N "
@@ -239,18 +236,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out-dir", type=Path, help="checkpoints and log.jsonl; resumes from them")
     for name, value in (("n-layers", 4), ("d-model", 128), ("n-heads", 4)):
         parser.add_argument(f"--{name}", type=int, default=value, help="as in GPTConfig")
-    for field in fields(TrainConfig):
-        default = 250 if field.name == "max_steps" else field.default
+    for field in (one for one in fields(TrainConfig) if one.name != "compile"):
         pair = {"nargs": 2, "type": float} if field.name == "betas" else {"type": field.type}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=default,
-                            help="as in TrainConfig", **pair)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help="as in TrainConfig",
+                            default=250 if field.name == "max_steps" else field.default, **pair)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """What `python -m llm_book.distributed` does, under torchrun or alone."""
     options = vars(_parser().parse_args(arguments))
-    config = TrainConfig(**{field.name: options[field.name] for field in fields(TrainConfig)})
+    names = TrainConfig.__dataclass_fields__.keys() & options.keys()
+    config = TrainConfig(**{name: options[name] for name in names})
     place = setup()
     if place.rank == 0:
         print(f"attempt {int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) + 1}: "

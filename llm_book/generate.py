@@ -7,7 +7,6 @@ __all__ = ['ROUNDING', 'Sampling', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'pe
            'check_request', 'stream', 'generate', 'pad_left', 'stop_at', 'held_back', 'until', 'stream_text']
 
 # %% ../nbs/19_generate.ipynb #88ad2bfb
-#| code-fold: true
 import math
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -212,7 +211,6 @@ def stream(
     return _until_all_end(tokens, torch.tensor(stop, device=ids.device)) if stop else tokens
 
 # %% ../nbs/19_generate.ipynb #9ed1d8b4
-#| code-fold: true
 def generate(
     model,  # as for `stream`
     ids: Int[Tensor, "B T"],  # the prompts

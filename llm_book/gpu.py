@@ -8,7 +8,6 @@ __all__ = ['roofline', 'synchronise', 'seconds_per_call', 'matmul_peak', 'memory
            'flash_attention', 'report', 'main']
 
 # %% ../nbs/16_gpu.ipynb #33c7a832
-#| code-fold: true
 import argparse
 import gc
 import math
@@ -92,7 +91,6 @@ def memory_bandwidth(
     return max(2 * source.nbytes / copying, source.nbytes / reading)
 
 # %% ../nbs/16_gpu.ipynb #dbc57a69
-#| code-fold: true
 def matrix_weights(
     config: GPTConfig,
 ) -> int:
@@ -128,7 +126,6 @@ def mfu(
     return tokens_per_second * flops_per_token / peak_flops
 
 # %% ../nbs/16_gpu.ipynb #36c32f4f
-#| code-fold: true
 def memory_estimate(
     config: GPTConfig,  # with GPT-2's parts
     batch_size: int,  # B, windows in one forward pass
@@ -178,7 +175,6 @@ def checkpoint_blocks(
     return model
 
 # %% ../nbs/16_gpu.ipynb #edfbe06f
-#| code-fold: true
 @contextmanager
 def saved_for_backward(
     model: nn.Module,  # its own parameters and buffers do not count

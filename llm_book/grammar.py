@@ -6,7 +6,6 @@
 __all__ = ['GRAMMAR', 'children', 'rules', 'derive', 'toy_world', 'expected', 'grammar_entropy', 'toy_entropy']
 
 # %% ../nbs/a8_grammar.ipynb #b241ea5e
-#| code-fold: true
 import math
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -17,7 +16,6 @@ import numpy as np
 from .lab import require
 
 # %% ../nbs/a8_grammar.ipynb #59d5cd1c
-#| code-fold: true
 GRAMMAR: dict[str, list[tuple[int, str, str]]] = {  # symbol: (weight, English, Chinese), …
     "sentence": [(6, "{clause}.", "{clause}。"), (2, "today {clause}.", "今天{clause}。"),
                  (2, "in the morning {clause}.", "早上{clause}。"),
@@ -55,7 +53,6 @@ GRAMMAR: dict[str, list[tuple[int, str, str]]] = {  # symbol: (weight, English, 
 }
 
 # %% ../nbs/a8_grammar.ipynb #73f202e1
-#| code-fold: true
 @cache
 def children(
     template: str,

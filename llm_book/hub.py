@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GPT2', 'LLAMA', 'QWEN2', 'QWEN3', 'BOOK', 'SINGLE', 'INDEX', 'SAVE_ID', 'FAMILIES', 'Family', 'their_name',
-           'weights_to_hf', 'weights_from_hf', 'config_from_hf', 'config_to_hf', 'StoredWeights', 'load', 'save']
+           'weights_to_hf', 'weights_from_hf', 'config_from_hf', 'config_to_hf', 'StoredWeights', 'load', 'save_gguf',
+           'save']
 
 # %% ../nbs/a2_hub.ipynb #5ba4ba5a
 import json
@@ -21,6 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .chat import chat_format as chat_format, load_tokenizer as load_tokenizer
+from .chat import smollm as smollm
+from .gguf_model import read_model, write_model
 from .gpt import GPT, GPTConfig
 from .lab import replacing, require
 
@@ -28,7 +32,6 @@ from .lab import replacing, require
 @dataclass(frozen=True)
 class Family:
     """What one model type calls the options and the weights of a GPT, and what it fixes."""
-
     architecture: str  # its class in transformers
     parts: dict  # fields of `GPTConfig` that are the same in all its models
     options: dict[str, str]  # each other field's name in config.json, or several that must agree
@@ -40,11 +43,10 @@ class Family:
     strict: bool = False  # any option that is not listed here is refused
 
 # %% ../nbs/a2_hub.ipynb #816a7223
-#| code-fold: true
 _EVERYWHERE = dict(is_causal=(True,), layer_types=("full_attention",), quantization_config=(),
                   compression_config=(), transformers_weights=())  # (): must be left out
 GPT2 = Family(
-    "GPT2LMHeadModel",
+    "GPT2LMHeadModel", top="transformer.", transposed=True,
     parts=dict(bias="all", qk_norm=False, positions="learned", norm="layer", feed_forward="gelu"),
     options=dict(vocab_size="vocab_size", max_len="n_positions", n_layers="n_layer",
                  d_model="n_embd", n_heads="n_head", d_ff="n_inner", tied="tie_word_embeddings",
@@ -53,8 +55,7 @@ GPT2 = Family(
                  attention_norm="ln_1", attention="attn", q_proj="c_attn", k_proj="c_attn",
                  v_proj="c_attn", o_proj="c_proj", feed_forward_norm="ln_2", feed_forward="mlp",
                  up="c_fc", down="c_proj"),
-    top="transformer.", transposed=True, defaults=dict(dropout=0.1, max_len=1024, vocab_size=50257),
-    fixed=_EVERYWHERE | dict(
+    defaults=dict(dropout=0.1, max_len=1024, vocab_size=50257), fixed=_EVERYWHERE | dict(
         activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
         scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
         add_cross_attention=(False,), sliding_window=(), hidden_size=(), num_hidden_layers=(),
@@ -70,8 +71,7 @@ LLAMA = Family(
     modules=dict(embedding="embed_tokens", blocks="layers", head="lm_head", attention="self_attn",
                  attention_norm="input_layernorm", feed_forward_norm="post_attention_layernorm",
                  feed_forward="mlp", gate="gate_proj", up="up_proj", down="down_proj"),
-    defaults=dict(norm_eps=1e-6, tied=False),
-    fixed=_EVERYWHERE | dict(
+    defaults=dict(norm_eps=1e-6, tied=False), fixed=_EVERYWHERE | dict(
         hidden_act=("silu", "swish"), attention_bias=(False,), mlp_bias=(False,),
         rope_type=("default",), rope_interleaved=(False,), partial_rotary_factor=(1,),
         use_sliding_window=(False,), sliding_window=()))
@@ -81,8 +81,7 @@ QWEN2 = replace(
 QWEN3 = replace(  # in both, the size of a sliding window that is not used means nothing
     QWEN2, architecture="Qwen3ForCausalLM", parts=LLAMA.parts | dict(qk_norm=True),
     defaults=LLAMA.defaults | dict(head_dim=128))
-BOOK = Family("GPT", parts={}, options={option.name: option.name for option in fields(GPTConfig)},
-              modules={}, top="", strict=True)
+BOOK = Family("GPT", {}, {o.name: o.name for o in fields(GPTConfig)}, {}, "", strict=True)
 SINGLE, INDEX, SAVE_ID = "model.safetensors", "model.safetensors.index.json", "llm_book_save"
 FAMILIES = dict(gpt2=GPT2, llama=LLAMA, qwen2=QWEN2, qwen3=QWEN3, llm_book=BOOK)
 
@@ -115,8 +114,7 @@ def weights_to_hf(model: GPT, family: str) -> dict[str, Tensor]:
     return {name: _turned(FAMILIES[family], name, torch.cat(parts) if parts[1:] else parts[0])
             for name, parts in _layout(FAMILIES[family], model).items()}
 
-# %% ../nbs/a2_hub.ipynb #4356a747
-#| code-fold: true
+# %% ../nbs/a2_hub.ipynb #bcaab494
 _BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")  # of older versions
 
 
@@ -138,7 +136,6 @@ def _full_names(family: Family, tied: bool, theirs: Mapping) -> dict[str, str]:
 
 
 def _refuse_misfits(expected: dict[str, Tensor], theirs: Mapping, names: dict[str, str]) -> None:
-    """Raises: as `weights_from_hf`."""
     floats = torch.float64, torch.float32, torch.float16, torch.bfloat16
     wrong = [f"{name} is {tuple(weight.shape)} of {weight.dtype} instead of {tuple(fits.shape)}"
              for name, fits in expected.items() if name in names and (
@@ -150,7 +147,7 @@ def _refuse_misfits(expected: dict[str, Tensor], theirs: Mapping, names: dict[st
     if said:
         raise ValueError("weights do not fit the model; " + "; ".join(said))
 
-# %% ../nbs/a2_hub.ipynb #bcaab494
+
 @torch.no_grad()
 def weights_from_hf(model: GPT, family: str, theirs: Mapping) -> None:
     """Copy weights of a model type into the model, one after the other.
@@ -159,7 +156,7 @@ def weights_from_hf(model: GPT, family: str, theirs: Mapping) -> None:
     Raises: `ValueError` that names missing, extra and misshapen weights, before any is copied.
     """
     kind, names = FAMILIES[family], _full_names(FAMILIES[family], model.config.tied, theirs)
-    _refuse_misfits(weights_to_hf(model, family), theirs, names)
+    _refuse_misfits(weights_to_hf(model, family), getattr(theirs, "shapes", theirs), names)
     if model.device.type == "meta":
         model.to_empty(device="cpu")
         if model.config.tied:
@@ -170,7 +167,6 @@ def weights_from_hf(model: GPT, family: str, theirs: Mapping) -> None:
             part.copy_(piece)
 
 # %% ../nbs/a2_hub.ipynb #bf663d8b
-#| code-fold: true
 def _given(family: Family, options: dict) -> dict:
     """The options that are not left out, if we have code for all of them, rotary ones included."""
     rope = options.get("rope_scaling") or options.get("rope_parameters") or {}
@@ -185,15 +181,13 @@ def _given(family: Family, options: dict) -> dict:
         if name not in read and (matters or family.strict):
             allowed = family.fixed.get(name, ())
             words = " or ".join(map(repr, allowed)) + " in" if allowed else "left out of"
-            values = value if isinstance(value, list) else [value]
-            require(all(x in allowed for x in values), name, f"{words} config.json", value)
+            fine = all(x in allowed for x in (value if isinstance(value, list) else [value]))
+            require(fine, name, f"{words} config.json", value)
     return given
 
 
-def config_from_hf(
-    options: dict,  # what config.json holds
-) -> GPTConfig:
-    """Our configuration for theirs. Raises: `ValueError` for what our GPT cannot be."""
+def config_from_hf(options: dict) -> GPTConfig:
+    """Our configuration for a config.json. Raises: `ValueError` for what our GPT cannot be."""
     kind = options.get("model_type")
     require(str(kind) in FAMILIES, "model_type", f"one of {sorted(FAMILIES)}", kind)
     family = FAMILIES[kind]
@@ -220,11 +214,9 @@ def config_to_hf(config: GPTConfig) -> dict:
             if config_from_hf(options) == config:
                 return options
 
-# %% ../nbs/a2_hub.ipynb #fa61c1e8
-#| code-fold: true
+# %% ../nbs/a2_hub.ipynb #19c34930
 @contextmanager
 def _opened(path: Path) -> Iterator:
-    """Raises: `ValueError` for a file that is cut off, or no safetensors at all."""
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -247,7 +239,7 @@ def _listed(folder: Path) -> dict[str, str]:
     require(plain, "weight_map", f"a JSON object of names and files in {INDEX}", listed)
     return listed
 
-# %% ../nbs/a2_hub.ipynb #19c34930
+
 class StoredWeights(UserDict):
     """The weights in a folder, by name. Each is read when it is asked for, and let go again."""
 
@@ -278,23 +270,30 @@ class StoredWeights(UserDict):
 
 # %% ../nbs/a2_hub.ipynb #ee8092a0
 def load(
-    folder: str | Path,  # config.json and *.safetensors, as transformers and `save` write them
+    path: str | Path,  # a folder as transformers and `save` write it, or a .gguf file
     dtype: torch.dtype = torch.float32,  # of the model, whatever the files hold
 ) -> GPT:
-    """A model with the weights in a folder, in evaluation mode.
+    """A model with the weights in a folder or a GGUF file, in evaluation mode.
 
-    Raises: `FileNotFoundError` for a missing file; `ValueError` for a family or an option that we
-    have no code for, pickled, damaged, missing, extra or misshapen weights, and files of two saves.
+    Raises: `FileNotFoundError`; `ValueError` that names what is wrong, or what we have no code for.
     """
-    options = _read_json(Path(folder) / "config.json")
+    if Path(path).is_dir():
+        options = _read_json(Path(path) / "config.json")
+        stored = StoredWeights(Path(path), options.get(SAVE_ID))
+    else:
+        options, stored = read_model(path)
     with torch.device("meta"):  # shapes without memory
         model = GPT(config_from_hf(options)).to(dtype)
-    stored = StoredWeights(Path(folder), options.get(SAVE_ID))
     weights_from_hf(model, options["model_type"], stored)
     return model.eval()
 
-# %% ../nbs/a2_hub.ipynb #e489dbc9
-#| code-fold: true
+
+def save_gguf(model: GPT, path: str | Path, kind: str = "F16") -> None:  # or "F32", or "Q8_0"
+    """Write a GGUF file. Raises: `ValueError` for a shape that is none of GPT-2, Llama and Qwen."""
+    options = config_to_hf(model.config)
+    write_model(path, options, weights_to_hf(model, options["model_type"]), kind)
+
+# %% ../nbs/a2_hub.ipynb #79c662df
 def _shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
     """The weights of each file, in order; one that is too large has a file of its own."""
     shards = [[]]
@@ -312,14 +311,14 @@ def _contents(model: GPT, max_shard_bytes: int) -> dict[str, dict]:
     weights = weights_to_hf(model, options["model_type"])
     sizes = {name: weight.nbytes for name, weight in weights.items()}
     shards = _shards(sizes, max_shard_bytes)
-    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-    files = {"config.json": options | {"dtype": dtype, SAVE_ID: secrets.token_hex(8)}}
+    options |= {"dtype": str(model.embedding.weight.dtype)[6:], SAVE_ID: secrets.token_hex(8)}
+    files = {"config.json": options}
     if len(shards) > 1:
         files[INDEX] = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {
             name: file for file, names in shards.items() for name in names}}
     return files | {file: {name: weights[name] for name in names} for file, names in shards.items()}
 
-# %% ../nbs/a2_hub.ipynb #79c662df
+
 def save(
     model: GPT,
     folder: str | Path,  # made if it is not there

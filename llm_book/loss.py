@@ -6,7 +6,6 @@
 __all__ = ['entropy', 'kl_divergence', 'perplexity', 'bits_per_byte', 'log_softmax', 'softmax', 'cross_entropy']
 
 # %% ../nbs/04_loss.ipynb #ca37bb8e
-#| code-fold: true
 import math
 
 import torch
@@ -76,7 +75,6 @@ def softmax(
     return (exponentials / exponentials.sum(dim, keepdim=True)).to(x.dtype)
 
 # %% ../nbs/04_loss.ipynb #c49209f0
-#| code-fold: true
 def cross_entropy(
     logits: Float[Tensor, "*B V"],
     targets: Tensor,  # integers of shape (*B), from 0 to V - 1, or `ignore_index`

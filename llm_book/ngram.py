@@ -6,7 +6,6 @@
 __all__ = ['SMOOTHINGS', 'Ids', 'flat_ids', 'count_ngrams', 'NGramLM']
 
 # %% ../nbs/03_ngram.ipynb #14b61f05
-#| code-fold: true
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,7 +13,6 @@ import numpy as np
 from .lab import require
 
 # %% ../nbs/03_ngram.ipynb #55796f0c
-#| code-fold: true
 def flat_ids(
     ids,  # a list, array, token file, tensor in main memory, or iterator
     vocab_size: int | None = None,  # if given, ids must be from 0 to vocab_size - 1
@@ -54,7 +52,6 @@ def count_ngrams(
     return levels
 
 # %% ../nbs/03_ngram.ipynb #e2bda989
-#| code-fold: true
 SMOOTHINGS = ("mle", "laplace", "interpolated", "kneser-ney")
 Ids = Iterable  # of integers: a list, array, tensor, token file or iterator
 
@@ -122,7 +119,6 @@ class _Counts:
         return share, np.where(total == 0, 1.0, rest)  # a context never seen has no say
 
 # %% ../nbs/03_ngram.ipynb #7580798a
-#| code-fold: true
 class NGramLM(_Counts):
     """An n-gram language model over token ids.
 

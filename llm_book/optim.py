@@ -7,10 +7,10 @@ __all__ = ['Array', 'NEWTON_SCHULZ', 'adamw_step', 'Adam', 'AdamW', 'orthogonali
            'constant_schedule', 'wsd_schedule', 'linear_schedule', 'cosine_schedule', 'clip_grad_norm']
 
 # %% ../nbs/07_optim.ipynb #e9ad45cc
-#| code-fold: true
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -58,9 +58,14 @@ def _numbers(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def _local(lists: list[Sequence[Tensor]]) -> list[list[Sequence[Tensor]]]:
+    """In one portion, the numbers of the same tensors that are in this process."""
+    return [[[*map(_numbers, tensors)] for tensors in lists]]
+
+
 def _pieces(lists: list[Sequence[Tensor]]) -> Iterator[list[Sequence[Tensor]]]:
-    """The same tensors in portions: on a CPU rows that fit into its cache, else all at once."""
-    lists = [[_numbers(tensor) for tensor in tensors] for tensors in lists]
+    """The same in portions: on a CPU rows that fit into its cache, else all at once."""
+    [lists] = _local(lists)
     if lists[0][0].device.type != "cpu":
         yield lists
         return
@@ -94,7 +99,7 @@ class _Optimizer(torch.optim.Optimizer):
 
     _arrays = ()  # their names in the state of each parameter, where its step stands as well
     _fixed = {}  # torch's options that have one value here
-    _whole = False  # whether `_update` needs whole tensors, not pieces
+    _portions = staticmethod(_pieces)  # of tensors, for which `_update` is called
 
     def __init__(self, params, **options):
         super().__init__(params, self._fixed | options)
@@ -137,7 +142,7 @@ class _Optimizer(torch.optim.Optimizer):
         _refuse_bad_gradients(self.param_groups)
         for group in self.param_groups:
             for step, lists in self._alike(group):
-                for portion in [lists] if self._whole else _pieces(lists):
+                for portion in self._portions(lists):
                     self._update(group, step, *portion)
         return loss
 
@@ -156,48 +161,41 @@ class _Optimizer(torch.optim.Optimizer):
 
     def _names(self, group: dict) -> tuple[str, ...]: return self._arrays
 
-    def _decay(self, group: dict, p, g):
-        """The gradients to use: those given, plus λ times the weights."""
-        return torch._foreach_add(g, p, alpha=decay) if (decay := group["weight_decay"]) else g
-
 # %% ../nbs/07_optim.ipynb #6e0ea2b6
 class Adam(_Optimizer):
     """Mean over root mean square; decay goes into the gradient. Source: Kingma, Ba, 2015."""
 
     _arrays = ("exp_avg", "exp_avg_sq")  # these names are torch's
     _fixed = {"amsgrad": False, "maximize": False, "decoupled_weight_decay": False}
+    _portions = staticmethod(_local)
+    _kernel = staticmethod(torch._fused_adam_)  # all of `adamw_step` while a number is at hand
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def _update(self, group: dict, step: int, p, g, mean, square) -> None:
-        g, (beta1, beta2) = self._decay(group, p, g), group["betas"]
-        torch._foreach_lerp_(mean, g, 1 - beta1)
-        torch._foreach_mul_(square, beta2)
-        torch._foreach_addcmul_(square, g, g, value=1 - beta2)
-        correction = math.sqrt(1 - beta2**step)  # taken out of the root, eps and lr take it up
-        root = torch._foreach_sqrt(square)
-        torch._foreach_add_(root, group["eps"] * correction)
-        lr = group["lr"] * correction / (1 - beta1**step)
-        torch._foreach_addcdiv_(p, mean, root, value=-lr)
+        (beta1, beta2), steps = group["betas"], [torch.full((), step + 0.0, device=p[0].device)]
+        g, *dense = ([x.contiguous() for x in xs] for xs in (g, p, mean, square))
+        self._kernel(dense[0], g, *dense[1:], [], steps * len(p), lr=group["lr"], beta1=beta1,
+                     beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+                     amsgrad=False, maximize=False)
+        for given, changed in zip([*p, *mean, *square], chain(*dense)):
+            if given is not changed:  # the kernel looks at memory, and not at axes
+                given.copy_(changed)
 
 
 class AdamW(Adam):
     """Adam whose weights decay by themselves. Source: Loshchilov, Hutter, 2019."""
 
     _fixed = Adam._fixed | {"decoupled_weight_decay": True}
+    _kernel = staticmethod(torch._fused_adamw_)
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 1e-2):
         super().__init__(params, lr, betas, eps, weight_decay)
 
-    def _decay(self, group: dict, p, g):
-        torch._foreach_mul_(p, 1 - group["lr"] * group["weight_decay"])
-        return g
-
 # %% ../nbs/07_optim.ipynb #53de2fdc
-#| code-fold: true
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # times σ, σ³ and σ⁵
 
 
@@ -230,7 +228,8 @@ class SGD(_Optimizer):
         return self._arrays if group["momentum"] else ()
 
     def _update(self, group: dict, step: int, p, g, velocity=None) -> None:
-        g, momentum = self._decay(group, p, g), group["momentum"]
+        decay, momentum = group["weight_decay"], group["momentum"]
+        g = torch._foreach_add(g, p, alpha=decay) if decay else g
         if momentum:
             torch._foreach_mul_(velocity, momentum)
             torch._foreach_add_(velocity, g)
@@ -261,7 +260,7 @@ class Muon(_Optimizer):
     _arrays = ("momentum_buffer",)
     _fixed = {"nesterov": True, "ns_coefficients": NEWTON_SCHULZ, "ns_steps": 5, "eps": 1e-7,
               "adjust_lr_fn": None}
-    _whole = True
+    _portions = staticmethod(lambda lists: [lists])  # whole, also if several processes share them
 
     def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
@@ -287,7 +286,6 @@ class Muon(_Optimizer):
                 matrix.add_(move, alpha=-lr * scale)
 
 # %% ../nbs/07_optim.ipynb #36843fe4
-#| code-fold: true
 def _phases(step: int, lrs: tuple, warmup_steps: int, total_steps: int, decay_steps: int):
     """Shares of warm-up and decay that are done. Raises: `ValueError` for what does not fit."""
     require(step >= 0, "step", "at least 0", step)

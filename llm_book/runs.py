@@ -6,7 +6,6 @@
 __all__ = ['describe', 'refuse_another_run', 'RunFolder', 'TrainingDiverged', 'kept']
 
 # %% ../nbs/a9_runs.ipynb #49538ff8
-#| code-fold: true
 import hashlib
 import json
 import os

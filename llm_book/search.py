@@ -6,7 +6,6 @@
 __all__ = ['beam_search', 'accept', 'speculative_generate']
 
 # %% ../nbs/20_search.ipynb #42cdcb10
-#| code-fold: true
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial

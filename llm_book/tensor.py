@@ -6,7 +6,6 @@
 __all__ = ['VJPS', 'no_grad', 'traced', 'Tensor', 'grad_check', 'masked_fill', 'softmax', 'cross_entropy', 'layer_norm']
 
 # %% ../nbs/06_tensor.ipynb #93514e7d
-#| code-fold: true
 import heapq
 import math
 from collections.abc import Callable, Iterator
@@ -65,7 +64,6 @@ def _backpropagate(root: "Tensor", seed: np.ndarray, retain_graph: bool) -> None
         node.edges = node.edges if retain_graph or not node.edges else None
 
 # %% ../nbs/06_tensor.ipynb #9f1c8e70
-#| code-fold: true
 def traced(data, *edges: tuple) -> "Tensor":
     """The result of an operation, with an edge (input, VJP) for each of its inputs."""
     out = Tensor(data)
@@ -171,7 +169,6 @@ def _unbroadcast(g, shape: tuple[int, ...]):
     return np.asarray(g.sum(axis=stretched, keepdims=True))
 
 # %% ../nbs/06_tensor.ipynb #c3a380b9
-#| code-fold: true
 def grad_check(fn: Callable, *inputs, step: float = 1e-6, tolerance: float = 1e-6) -> None:
     """Compare the gradients of `fn(*inputs)` with central differences, one number at a time.
 
@@ -249,7 +246,6 @@ def _gelu(x):  # torch's gelu with approximate="tanh"; NumPy has no erf for the 
     return traced(_like(x, 0.5 * v * (1 + t)), (x, vjp))
 
 # %% ../nbs/06_tensor.ipynb #cc45ccf5
-#| code-fold: true
 def _reduced(x, fn: Callable, axis, keepdims: bool, share: Callable) -> Tensor:
     """`fn` along axes; back to each number goes its share of the message to the result."""
     y = _like(x, fn(_wide(x.data), axis=axis, keepdims=keepdims))
@@ -273,7 +269,6 @@ def _max(x, axis, keepdims):
     return _reduced(x, np.max, axis, keepdims, share)
 
 # %% ../nbs/06_tensor.ipynb #c46d56a8
-#| code-fold: true
 def _getitem(x, index):
     y = x.data[index]
 
@@ -295,7 +290,6 @@ def masked_fill(x: Tensor, mask: Bool[np.ndarray, "..."], value: float) -> Tenso
     return traced(y, (x, lambda g: np.where(mask, 0, g)))
 
 # %% ../nbs/06_tensor.ipynb #1ff1b2a9
-#| code-fold: true
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
     """Probabilities along `axis`, from logits, without overflow; -inf gives probability 0."""
     s = _wide(x.data)

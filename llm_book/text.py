@@ -7,7 +7,6 @@ __all__ = ['DOWNLOADS', 'normalise', 'Corpus', 'read_text', 'python_docs', 'with
            'load_corpus', 'GRAMMAR', 'derive', 'expected', 'grammar_entropy', 'toy_entropy', 'toy_world']
 
 # %% ../nbs/01_text.ipynb #9f953114
-#| code-fold: true
 import ast
 import hashlib
 import http.client
@@ -39,7 +38,6 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 # %% ../nbs/01_text.ipynb #302d9eea
-#| code-fold: true
 @dataclass(frozen=True)
 class Corpus:
     """A text, and what one must know to use it honestly."""
@@ -68,7 +66,6 @@ def read_text(
     return text
 
 # %% ../nbs/01_text.ipynb #9d235058
-#| code-fold: true
 @lru_cache(maxsize=1)
 def python_docs() -> str:
     """Help topics and standard-library docstrings of this Python, 2 blank lines between texts.
@@ -139,7 +136,6 @@ def split_text(
     return parts
 
 # %% ../nbs/01_text.ipynb #5b6cec6f
-#| code-fold: true
 def download(
     url: str,  # https, or http on this machine
     sha256: str,  # the expected fingerprint, 64 hexadecimal digits
@@ -169,7 +165,6 @@ def download(
     return path
 
 # %% ../nbs/01_text.ipynb #841ab95f
-#| code-fold: true
 DOWNLOADS = {"tiny_shakespeare": dict(
     url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",

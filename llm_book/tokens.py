@@ -6,7 +6,6 @@
 __all__ = ['GPT2_PATTERN', 'merge', 'CharTokenizer', 'ByteTokenizer', 'train_bpe', 'to_signs', 'from_signs', 'BPETokenizer']
 
 # %% ../nbs/02_tokens.ipynb #3582318c
-#| code-fold: true
 import heapq
 import json
 import re
@@ -118,7 +117,6 @@ GPT2_PATTERN = regex.compile(
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
 
 # %% ../nbs/02_tokens.ipynb #7d88285e
-#| code-fold: true
 class _Largest(tuple):
     """A tuple that sorts the other way round: Python's heaps keep the smallest on top."""
 
@@ -212,7 +210,6 @@ class _Remembered(dict):
         return ids
 
 # %% ../nbs/02_tokens.ipynb #37902cce
-#| code-fold: true
 class BPETokenizer(_Saved):
     """Byte-pair encoding inside pre-tokens; its ids do not depend on how a text is fed."""
 

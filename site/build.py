@@ -2,31 +2,29 @@
 
     python site/build.py
 """
-import re
 import sys
 from pathlib import Path
 
 import nbformat
 import yaml
-from notebooks import ROOT, chapters, filter_notebook, parts
+from notebooks import ROOT, chapters, filter_notebook, options, parts
 from sphinx.cmd.build import main as sphinx
 
 SOURCE, DOCTREES, OUT = ROOT / "_build/source", ROOT / "_build/doctrees", ROOT / "_site"
-OPTION = re.compile(r"^#\|\s*([\w-]+):\s*(.*)\n?", re.M)
 
 
 def for_sphinx(page):
     """Quarto takes a cell's options from its first comments, myst-nb from its metadata."""
     for cell in page.cells:
         if cell.cell_type == "code":
-            options = dict(OPTION.findall(cell.source))
-            cell.source = OPTION.sub("", cell.source)
-            if options.get("echo") == "false":
+            found, cell.source = options(cell.source)
+            found = {name: yaml.safe_load(text) for name, text in found.items()}
+            if found.get("echo") is False:
                 cell.metadata["tags"] = ["remove-input"]
-            elif options.get("code-fold") == "true":
+            elif found.get("code-fold") is True:
                 cell.metadata["tags"] = ["hide-input"]
-            if "fig-alt" in options:
-                cell.metadata["mystnb"] = {"image": {"alt": options["fig-alt"]}}
+            if "fig-alt" in found:
+                cell.metadata["mystnb"] = {"image": {"alt": str(found["fig-alt"])}}
     return page
 
 

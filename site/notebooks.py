@@ -4,6 +4,7 @@
                                              # notebook's first code cell, CITATION.cff, URLs
 """
 import configparser
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import nbformat
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+OPTION = re.compile(r"^#\|[ \t]*([\w-]+):[ \t]*(.*)\n?", re.M)  # of a cell, for Quarto: name and YAML
+OPTIONS = re.compile(r"(#\|.*\n?)*")
 INSTALL_CELL = """\
 #| hide
 # Colab: install the book's package if it is missing.
@@ -78,12 +81,38 @@ def filter_notebook(notebook):
     from nbdev.process import NBProcessor
 
     show = [processors.populate_language, processors.hide_line, processors.strip_ansi,
-            processors.rm_export, processors.hide_]
+            processors.rm_export, processors.hide_, fold_]
     nb = dict2nb(dict(notebook))
     NBProcessor(nb=nb, procs=show, rm_directives=True).process()
     page = nbformat.reads(nb2str(nb), as_version=4)
+    for cell in page.cells:
+        if cell.cell_type == "code":
+            found, code = options(cell.source)
+            cell.source = "".join(f"#| {name}: {quoted(text)}\n" for name, text in found.items()) + code
     drop_widgets(page)
     return page
+
+
+def fold_(cell) -> None:
+    """nbdev's processor for our directive `#| fold`, which it keeps out of the modules."""
+    cell.source = f"#| code-fold: true\n{cell.source}"
+
+
+def options(source: str) -> tuple[dict[str, str], str]:
+    """What stands before a filtered cell's code, as `{name: YAML}`, and the code."""
+    found = OPTIONS.match(source)[0]
+    return dict(OPTION.findall(found)), source[len(found):]
+
+
+def quoted(text: str) -> str:
+    """A text that YAML reads as one text: `a line: up` would be two, and stops Quarto."""
+    try:
+        read = yaml.safe_load(f"value: {text}")["value"]
+    except yaml.YAMLError:
+        read = ""
+    if isinstance(read, str) and read != text and not (read and text[0] in "\"'"):
+        return json.dumps(text, ensure_ascii=False)
+    return text
 
 
 def drop_widgets(notebook) -> None:

@@ -1,9 +1,13 @@
 """What all tests share."""
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Several processes test at once, and start others: threads that wait for each other are no help.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "site"))  # notebooks.py, which the renderers use too

@@ -31,6 +31,7 @@ SHAPES = {
     "qwen2": dict(LLAMA, bias="qkv", norm_eps=1e-6), "qwen2, tied": dict(LLAMA, bias="qkv", tied=True),
     "qwen3": dict(LLAMA, qk_norm=True, head_dim=8), "qwen3, tied": dict(LLAMA, qk_norm=True, tied=True),
     "none, other heads": dict(GPT2, head_dim=5), "none, grouped": dict(GPT2, n_kv_heads=2),
+    "none, squared ReLU": dict(GPT2, feed_forward="relu2", init="zero", positions="rotary"),
     "none, mixed": dict(LLAMA, positions="learned", feed_forward="gelu", qk_norm=True),
 }
 CLASSES = {"gpt2": (GPT2Config, GPT2LMHeadModel), "llama": (LlamaConfig, LlamaForCausalLM),

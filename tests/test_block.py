@@ -20,6 +20,7 @@ from llm_book.block import (
     gelu_tanh,
     layer_norm,
     rms_norm,
+    squared_relu,
 )
 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
@@ -144,6 +145,11 @@ def test_half_precision_does_not_overflow_in_the_classes(dtype):
         assert y.dtype == dtype
         torch.testing.assert_close(y.float(), module.float()(x.to(dtype).float()), rtol=1e-2, atol=1e-2)
     assert not rms_norm(x.half(), torch.ones(4).half()).any()  # as the page says
+
+
+def test_squared_relu():
+    x = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    compare(squared_relu, lambda x: torch.where(x > 0, x * x, 0.0), x)
 
 
 def test_gelu_tanh():

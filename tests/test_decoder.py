@@ -3,12 +3,23 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from small_models import SHAPES, Itself, generator, gpt, prompt
 from torch import nn
 from torch.nn.utils import parametrize
 
 from llm_book.block import FeedForward
-from llm_book.decoder import LARGE, Decoder, decoder_for, matrix_vector
+from llm_book.decoder import (
+    LARGE,
+    Decoder,
+    decoder_for,
+    load_int8,
+    matrix_vector,
+    quantise,
+    save_int8,
+)
 from llm_book.generate import generate, stream
 from llm_book.gpt import GPT
 
@@ -287,3 +298,39 @@ def test_decoding_outside_of_no_grad_leaves_no_graph():
     for _ in range(3):
         assert not decoder(prompt(1), cache=cache)[0].requires_grad
     assert not decoder(prompt(1, 2))[0].requires_grad
+
+
+@given(st.integers(0, 999), st.integers(1, 6), st.integers(1, 9))
+def test_eight_bits_are_off_by_half_a_scale(seed, rows, columns):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    weight[0] = 0  # a row without any size
+    numbers, scale = quantise(weight)
+    assert numbers.dtype == torch.int8 and numbers.abs().max() <= 127
+    assert ((numbers * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
+    assert not numbers[0].any()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_model_in_eight_bits(name, tmp_path):
+    model = gpt(name, spread=1.0)
+    save_int8(model, tmp_path / "small")
+    small = load_int8(tmp_path / "small")
+    assert small.config == model.config and not small.training
+    assert (small.head.weight is small.embedding.weight) == model.config.tied
+    for (one, before), (other, after) in zip(model.named_parameters(), small.named_parameters(), strict=True):
+        assert one == other and after.dtype == torch.float32
+        if before.ndim == 1:
+            assert torch.equal(before, after)
+        else:
+            numbers, scale = quantise(before.detach())
+            assert torch.equal(after, numbers * scale[:, None])
+    save_int8(small, tmp_path / "again")  # once rounded, it stays as it is
+    again = load_int8(tmp_path / "again")
+    torch.testing.assert_close(again.state_dict(), small.state_dict(), rtol=1e-6, atol=0)
+    assert (tmp_path / "small").stat().st_size < 0.5 * sum(4 * p.numel() for p in model.parameters()) + 9_000
+
+
+def test_a_file_that_is_not_in_eight_bits_is_refused(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="path must be a file that save_int8 has written, not .*other"):
+        load_int8(tmp_path / "other.safetensors")

@@ -137,6 +137,7 @@ def test_wrap_refuses(alone):
 
 @pytest.mark.parametrize("changes, mode, p, message", [
     ({}, "zero", 1, "mode must be one of"),
+    (dict(compile=True), "ddp", 1, "compile must be False for several processes"),
     ({}, "ddp", 3, "batch_size must be divisible by the number of processes, 3, not 4"),
     (dict(optimizer="muon"), "fsdp", 2, "optimizer must be 'adamw' in mode 'fsdp', .* not 'muon'"),
 ])
@@ -295,6 +296,7 @@ def test_help_lists_every_option(capsys):
     assert end.value.code == 0
     for name in ("mode", "text", "out-dir", "n-layers", "max-steps", "accumulation-steps", "betas", "seed"):
         assert f"--{name}" in shown
+    assert "--compile" not in shown
     with pytest.raises(SystemExit):
         main(["--mode", "zero"])
     with pytest.raises(ValueError, match="max_steps must be a whole number of at least 1, not 0"):
@@ -519,7 +521,9 @@ def test_dropout_is_repeatable_and_unequal_rows_are_refused(one, two):
 
 
 def test_a_weight_that_is_no_number_on_one_rank_stops_all(one, two):
-    assert "the validation loss is nan, at step 8" in two["nan"]
+    # torch's attention on a CPU loses a nan in short rows; then the checkpoint's check finds the weight
+    assert ("the validation loss is nan, at step 8" in two["nan"]
+            or "weights are not finite: blocks.0.attention.q_proj.weight, at step 8" in two["nan"])
     assert "step_00000004" in two["nan"]
     assert [path.name for path in checkpoints(one / "nan")] == ["step_00000000", "step_00000004"]
 

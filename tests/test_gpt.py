@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_book.data import document_mask
-from llm_book.gpt import GPT, PRESETS, GPTConfig, padding_mask, require_evaluation
+from llm_book.gpt import GPT, PRESETS, GPTConfig, load_model, padding_mask, require_evaluation
 
 
 @pytest.fixture(params=SHAPES, ids=lambda name: name)
@@ -141,6 +141,23 @@ def test_initialisation():
             last = name.endswith(("o_proj.weight", "down.weight"))
             expected = 0.02 / math.sqrt(2 * 8) if last else 0.02
             assert abs(parameter.std().item() / expected - 1) < 0.05, name
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_start_at_zero_adds_nothing(name):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SHAPES[name], "vocab_size": 1000, "init": "zero"}))
+    x = torch.randn(2, 5, 24)
+    for block in model.blocks:
+        torch.testing.assert_close(block(x, causal=True), x, rtol=0, atol=0)
+        assert abs(block.attention.q_proj.weight.std().item() * math.sqrt(24) / 0.6 - 1) < 0.2
+    logits, loss = model(ids(V=1000), ids(1, V=1000))
+    if model.config.tied:
+        assert abs(model.embedding.weight.std().item() / 0.02 - 1) < 0.05  # no head of its own
+    else:
+        assert not logits.any() and math.isclose(loss.item(), math.log(1000), rel_tol=1e-6)
+    loss.backward()
+    assert model.blocks[0].attention.o_proj.weight.grad is not None
 
 
 def test_dropout_works_in_training_only():
@@ -290,6 +307,7 @@ def test_a_mask_with_padding_and_a_cache():
         torch.testing.assert_close(torch.cat(done, 1), whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_vmap_export_and_compile():
     """Nothing in a forward pass looks at numbers in order to decide what to do."""
     assert without_type_checker('''
@@ -360,3 +378,19 @@ def test_attention_is_not_shown_with_dropout():
     with pytest.raises(ValueError, match="evaluation mode"):
         model.attention_weights(torch.zeros(1, 4, dtype=torch.long))
     assert model.eval().attention_weights(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 1, 2, 4, 4)
+
+
+def test_a_model_of_the_book_that_is_not_there():
+    with pytest.raises(ValueError, match="name must be one of .*, not 'tolstoy'"):
+        load_model("tolstoy")
+
+
+def test_the_books_model_writes_english():
+    model, tokenizer = load_model("austen")
+    assert not model.training and sum(p.numel() for p in model.parameters()) < 8_000_000
+    text = "It is a truth universally acknowledged, that a single man must be in want of a wife."
+    row = torch.tensor([tokenizer.encode(text)])
+    assert tokenizer.decode(row[0].tolist()) == text
+    with torch.no_grad():
+        nats = model(row[:, :-1], row[:, 1:])[1].item() * (row.shape[1] - 1)
+    assert nats / math.log(2) / len(text) < 2.0  # bits per byte; uniform bytes have 8

@@ -128,10 +128,8 @@ def test_a_folder_that_goes_to_and_fro(name, tmp_path):
 
 # ---- options
 
-def option_cases():
-    for kind, family in FAMILIES.items():
-        for name, allowed in family.fixed.items():
-            yield kind, name, allowed
+OPTIONS = [(kind, name, allowed) for kind, family in FAMILIES.items()
+           for name, allowed in family.fixed.items()]
 
 
 def smallest(kind: str) -> dict:
@@ -139,7 +137,7 @@ def smallest(kind: str) -> dict:
     return config_to_hf(GPTConfig(**SHAPES["none, mixed" if kind == "llm_book" else kind]))
 
 
-@pytest.mark.parametrize("kind, name, allowed", option_cases())
+@pytest.mark.parametrize("kind, name, allowed", OPTIONS)
 def test_options_with_one_meaning_are_refused_with_any_other(kind, name, allowed):
     options = smallest(kind)
     assert options["model_type"] == kind

@@ -48,6 +48,7 @@ def test_readme_is_written_by_hand():
     assert BOOK["readme_nb"] != "index.ipynb" and not (ROOT / "nbs" / BOOK["readme_nb"]).exists()
 
 
+@pytest.mark.slow  # the environment of `make fast` has no tools
 def test_hooks_fetch_nothing_and_their_programs_are_there():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert [repo["repo"] for repo in config["repos"]] == ["local"]

@@ -63,8 +63,8 @@ HERE = [rung for rung in RUNGS if rung[0] != "compile"]
 @pytest.fixture(scope="module")
 def rows():
     wrong = ("bfloat16 weights", {"weights": torch.bfloat16})
-    return speed_ladder(config(d_model=32), TOKENS % 7, TOKENS % 7, plan(max_steps=30, max_lr=3e-3),
-                        device="cpu", rungs=[*HERE, wrong], peak_flops=1e9)
+    return list(speed_ladder(config(d_model=32), TOKENS % 7, TOKENS % 7, plan(max_steps=30, max_lr=3e-3),
+                             device="cpu", rungs=[*HERE, wrong], peak_flops=1e9))
 
 
 def test_every_rung_ends_at_the_same_loss(rows):
@@ -112,8 +112,9 @@ def test_a_rung_that_changes_the_updates_is_caught(monkeypatch, damage):
         return honest(model, plan, settings)
 
     monkeypatch.setattr(ladder, "prepare", damaged)
-    found = speed_ladder(config(), TOKENS % 7, TOKENS % 7, plan(max_steps=12), device="cpu", twins=2,
-                         rungs=[("float32", {}), ("damaged", {"damage": damage})], peak_flops=1.0)
+    found = list(speed_ladder(
+        config(), TOKENS % 7, TOKENS % 7, plan(max_steps=12), device="cpu", twins=2,
+        rungs=[("float32", {}), ("damaged", {"damage": damage})], peak_flops=1.0))
     assert found[0]["same"] and not found[1]["same"]
 
 
@@ -155,7 +156,7 @@ def test_out_of_memory_is_a_row(monkeypatch):
         return {"seconds": [1.0] * 5, "peak_bytes": None, "loss": 1.0 + 0.1 * twin}
 
     monkeypatch.setattr(ladder, "climb", climb)
-    found = speed_ladder(config(), TOKENS, TOKENS, plan(), device="cpu", rungs=HERE, peak_flops=1.0)
+    found = list(speed_ladder(config(), TOKENS, TOKENS, plan(), device="cpu", rungs=HERE, peak_flops=1.0))
     assert found[-2] == {"rung": "larger batch", "skipped": "out of memory"}
     assert found[-1]["same"] and "skipped" not in found[-1]
     ladder_table(found)
@@ -166,7 +167,7 @@ def test_out_of_memory_is_a_row(monkeypatch):
     (plan(optimizer="muon"), 4, "optimizer must be 'adamw'")])
 def test_ladder_refuses(bad_plan, twins, message):
     with pytest.raises(ValueError, match=message):
-        speed_ladder(config(), TOKENS, TOKENS, bad_plan, device="cpu", twins=twins)
+        list(speed_ladder(config(), TOKENS, TOKENS, bad_plan, device="cpu", twins=twins))
 
 
 def test_what_a_device_cannot_do(monkeypatch):

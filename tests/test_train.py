@@ -5,19 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
+from gpts import without_type_checker
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 from small import TOKENS, config, gpt, mlp, same, without_speed
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from llm_book.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from llm_book.lab import plot_history
 from llm_book.optim import AdamW, Muon, cosine_schedule
 from llm_book.train import (
     Run,
     TrainingDiverged,
     accumulate,
+    compiled,
     draw_batches,
     evaluate,
     make_optimizers,
@@ -322,3 +326,80 @@ def test_precisions_that_are_refused():
                  lambda: accumulate(gpt(), [batch], "float16")):
         with pytest.raises(ValueError, match="precision must be one of .'float32', 'bfloat16'."):
             call()
+
+
+# ---- what chapter 16 teaches
+
+class Reads(TorchDispatchMode):
+    """Counts how often the CPU asks for a number, for which it would have to wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_larger_accumulation_asks_the_device_no_more_often(optimizer):
+    found = []
+    for n in (1, 5):
+        run = Run(gpt(), config(accumulation_steps=n, optimizer=optimizer))
+        batches = run.draw(run, TOKENS)
+        with Reads() as reads:
+            update(run, batches)
+        found.append(reads.count)
+    assert found[0] == found[1] > 0
+
+
+def test_a_compiled_run_makes_the_same_steps(monkeypatch):
+    """Only the training pass is compiled, and only where the config says so."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda fn: lambda *args: calls.append(len(args)) or fn(*args))
+    histories = [train(gpt(), TOKENS, TOKENS, config(compile=compile, accumulation_steps=2), progress=False)
+                 for compile in (False, True)]
+    assert without_speed(histories[0]) == without_speed(histories[1]) and calls == [2] * 12
+    logits, loss = compiled(gpt())(*Run(gpt(), config()).draw(Run(gpt(), config()), TOKENS)[0])
+    assert logits is None and loss.requires_grad
+
+
+@pytest.mark.slow
+def test_the_training_pass_is_one_graph():
+    """`fullgraph` raises where Python would have to look at a number in the middle of it."""
+    code = """
+import functools
+torch.compile = functools.partial(torch.compile, backend="eager", fullgraph=True)
+from small import TOKENS, config
+from llm_book.train import train
+for shape in ("gpt2", "qwen3"):
+    found = [train(random_model(**SHAPES[shape]), TOKENS, TOKENS, config(compile=compile, max_steps=3),
+                   progress=False)[-1]["loss"] for compile in (False, True)]
+    assert abs(found[0] - found[1]) < 1e-5, found
+print("same")
+"""
+    assert without_type_checker(code) == ["same"]
+
+
+@pytest.mark.parametrize("there, back", [("ours", "torch"), ("torch", "ours"), ("torch", "torch")])
+def test_a_run_moves_between_our_adamw_and_torchs(tmp_path, there, back):
+    """A checkpoint of either continues with either."""
+    c, whole = config(), gpt()
+    history = train(whole, TOKENS, TOKENS, c, progress=False)
+
+    def run(kind, model):
+        groups = [{key: group[key] for key in ("params", "weight_decay", "max_lr")}
+                  for group in make_optimizers(model, c)[0].param_groups]
+        fused = torch.optim.AdamW(groups, betas=c.betas, fused=True)
+        return Run(model, c, [fused] if kind == "torch" else None)
+
+    first, second = run(there, gpt()), run(back, gpt(seed=1))
+    for _ in range(3):
+        update(first, first.draw(first, TOKENS))
+    write_checkpoint(tmp_path, first.state_dict())
+    second.load_state_dict(read_checkpoint(checkpoints(tmp_path)[-1]))
+    for _ in range(3):
+        update(second, second.draw(second, TOKENS))
+    torch.testing.assert_close(dict(second.model.named_parameters()), dict(whole.named_parameters()))
+    assert [entry["loss"] for entry in second.history] == pytest.approx(
+        [entry["loss"] for entry in history[3:]], rel=1e-4)
+    assert type(second.optimizers[0]) is (AdamW if back == "ours" else torch.optim.AdamW)
